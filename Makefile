@@ -1,0 +1,70 @@
+# Two commands do all the set-up on a machine with Python 3.11, g++ and make: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --no-input --disable-pip-version-check
+
+# The folders are listed too: deleting a file changes their date.
+SOURCES := $(shell find cmake csrc fusedopt kernels -name __pycache__ -prune -o -print) \
+           CMakeLists.txt pyproject.toml setup.py
+CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.NOTPARALLEL:
+.PHONY: help demo test lint test-cpp test-python format bench bench-gpu report gpu-check clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/requirements.stamp: requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -r requirements-dev.txt
+	touch $@
+
+$(VENV)/installed.stamp: $(VENV)/requirements.stamp $(SOURCES)
+	$(PIP) install --no-build-isolation --no-deps .
+	PYTHONSAFEPATH=1 $(BIN)/python -m fusedopt
+	touch $@
+
+demo: $(VENV)/installed.stamp  ## train on real data with torch.optim and with fusedopt, and compare
+	$(BIN)/python examples/demo.py
+
+test: lint test-cpp test-python  ## everything that has to pass
+
+lint: $(VENV)/installed.stamp  ## ruff, clang-format and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy fusedopt
+
+# In the CMake folder that the installation used: the objects are compiled already.
+test-cpp: $(VENV)/installed.stamp  ## the C++ tests, without torch
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DFUSEDOPT_TESTS=ON
+	$(BIN)/cmake --build build/cmake --target fusedopt_tests
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure --no-tests=error
+
+# PYTHONSAFEPATH keeps fusedopt/ and kernels/ of this folder out of the way of the installed package,
+# also in the processes that tests start.
+test-python: $(VENV)/installed.stamp  ## the Python tests, against the installed package
+	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q
+
+format: $(VENV)/requirements.stamp  ## ruff and clang-format, in place
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/installed.stamp  ## measure on this CPU
+	$(BIN)/python benchmarks/run.py cpu
+
+bench-gpu: $(VENV)/installed.stamp  ## measure on this GPU
+	$(BIN)/python benchmarks/run.py gpu
+
+report: $(VENV)/installed.stamp  ## tables and plots from the recorded results
+	$(BIN)/python benchmarks/report.py
+
+gpu-check:  ## build into $(PYTHON) and check on its GPU; no network, no virtual environment
+	FUSEDOPT_BUILD=cuda $(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps .
+	$(PYTHON) tests/gpu_check.py
+
+clean:  ## remove everything that was built
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,41 @@
+// The arithmetic between the passes: from sums of squares to clip coefficients, once for CPU and
+// CUDA.
+#pragma once
+
+#include <cmath>
+
+#include "core/table.h"
+
+namespace fusedopt {
+
+// torch.nn.utils.clip_grad_norm_'s coefficient, min(1, max_norm / (norm + 1e-6)), with NaN coming
+// through; an infinite limit measures and never clips.
+FUSEDOPT_NUMBERS_HD double clip_coefficient(double norm, double max_norm) {
+  if (max_norm == INFINITY) return 1.0;
+  const double coefficient = max_norm / (norm + 1e-6);
+  return coefficient > 1.0 ? 1.0 : coefficient;
+}
+
+// x limited to [-limit, limit]; NaN comes through.
+template <typename T>
+FUSEDOPT_NUMBERS_HD T clamp_value(T x, T limit) {
+  x = x > limit ? limit : x;
+  return x < -limit ? -limit : x;
+}
+
+// What the apply pass does to every gradient element before the rule sees it, each factor rounded
+// once to the rule's precision: unscale, clamp by value, clip by the parameter's own norm, clip by
+// the global norm.
+template <typename T>
+struct GradTransform {
+  T unscale;
+  T max_value;
+  T param_clip;
+  T global_clip;
+
+  FUSEDOPT_NUMBERS_HD T operator()(T grad) const {
+    return clamp_value(grad * unscale, max_value) * param_clip * global_clip;
+  }
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,148 @@
+// The apply pass of one rule (FUSEDOPT_RULE) for one instruction set (FUSEDOPT_ISA): reads
+// parameter, gradient and state once, writes parameter and state once.
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "core/control.h"
+#include "cpu/kernels.h"
+#include "cpu/operand.h"
+#include FUSEDOPT_RULE_HEADER
+
+namespace fusedopt::cpu {
+namespace FUSEDOPT_ISA {
+namespace {
+
+using Rule = rules::FUSEDOPT_RULE;
+
+constexpr int array_length(int variant) { return std::max(1, rules::count_states<Rule>(variant)); }
+
+template <int kVariant, bool kTransform, typename T>
+void update_block(const typename Rule::template Constants<T>& constants,
+                  const GradTransform<T>& transform, T* param, const T* grad,
+                  const std::array<T*, kMaxStates>& states, int count) {
+  constexpr int kStates = array_length(kVariant);
+  constexpr int kUsed = rules::count_states<Rule>(kVariant);
+  const auto c = constants;
+  const auto t = transform;
+  T* const memory[] = {states[0], states[1], states[2], states[3]};
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) {
+    T state[kStates] = {};
+    for (int k = 0; k < kUsed; ++k) state[k] = memory[k][i];
+    T value = param[i];
+    T g = grad[i];
+    if constexpr (kTransform) g = t(g);
+    Rule::template update<kVariant>(c, value, g, state);
+    param[i] = value;
+    for (int k = 0; k < kUsed; ++k) memory[k][i] = state[k];
+  }
+}
+
+template <int kVariant, bool kTransform, typename T>
+void update_piece(const typename Rule::template Constants<T>& constants,
+                  const GradTransform<T>& transform, const TensorRow& row, const Piece& piece) {
+  constexpr int kUsed = rules::count_states<Rule>(kVariant);
+  const Operand<T> param{row.param, row.param_type, row.layout, 0};
+  const Operand<T> grad = grad_operand<T>(row);
+  std::array<T*, kMaxStates> states{};
+  T buffers[2 + array_length(kVariant)][kBlock];
+  bool staged = !param.in_place() || !grad.in_place();
+  const auto state = [&](int k) {
+    return Operand<T>{row.state[k], row.state_type[k], row.layout, 2 + k};
+  };
+  for (int k = 0; k < kUsed; ++k) staged |= !state(k).in_place();
+
+  const int64_t end = piece.begin + piece.length;
+  for (int64_t at = piece.begin; at < end;) {
+    const int count = block_length(staged, end - at);
+    T* const p = param.read(at, count, buffers[0]);
+    const T* const g = grad.read(at, count, buffers[1]);
+    for (int k = 0; k < kUsed; ++k) states[k] = state(k).read(at, count, buffers[2 + k]);
+    update_block<kVariant, kTransform>(constants, transform, p, g, states, count);
+    param.write(at, count, p);
+    for (int k = 0; k < kUsed; ++k) state(k).write(at, count, states[k]);
+    at += count;
+  }
+}
+
+// Where run-time flags become template arguments.
+template <typename T, size_t... kVariants>
+constexpr auto piece_updates(std::index_sequence<kVariants...>) {
+  using Update = void (*)(const typename Rule::template Constants<T>&, const GradTransform<T>&,
+                          const TensorRow&, const Piece&);
+  return std::array<std::array<Update, 2>, sizeof...(kVariants)>{
+      {{&update_piece<kVariants, false, T>, &update_piece<kVariants, true, T>}...}};
+}
+
+// Constants are computed again only where the group or the step differs from the piece before.
+template <typename T>
+class ConstantsCache {
+ public:
+  const typename Rule::template Constants<T>& get(const GroupRow* group, double step) {
+    if (group != group_ || step != step_) {
+      typename Rule::Hyper hyper;
+      static_assert(sizeof(hyper) <= sizeof(group->hyper));
+      memcpy(&hyper, group->hyper, sizeof(hyper));
+      constants_ = typename Rule::template Constants<T>(hyper, step);
+      group_ = group;
+      step_ = step;
+    }
+    return constants_;
+  }
+
+ private:
+  const GroupRow* group_ = nullptr;
+  double step_ = 0.0;
+  typename Rule::template Constants<T> constants_{typename Rule::Hyper{}, 1.0};
+};
+
+template <typename T>
+void apply_piece(const Job& job, const TensorRow& row, const Piece& piece,
+                 ConstantsCache<T>& cache) {
+  static constexpr auto kUpdates = piece_updates<T>(std::make_index_sequence<Rule::kVariants>());
+  const GroupRow* group = &job.table.groups[row.group];
+  const double param_clip = job.param_clips == nullptr ? 1.0 : job.param_clips[piece.tensor];
+  const GradTransform<T> transform{T(job.control.unscale), T(group->max_grad_value), T(param_clip),
+                                   T(job.control.clip)};
+  kUpdates[group->variant][job.transforms](cache.get(group, *row.step), transform, row, piece);
+}
+
+// Asks for the beginning of a small piece's memory while the one before is worked on; large pieces
+// have the hardware's prefetchers. Always inlined: g++ drops the call of a function that only
+// prefetches.
+__attribute__((always_inline)) inline void prefetch(const Job& job, const Piece& piece) {
+  constexpr int kBytes = 256;
+  const TensorRow& row = job.table.tensors[piece.tensor];
+  if (row.grad == nullptr || piece.length > 1024) return;
+  for (int at = 0; at < kBytes; at += 64) {
+    __builtin_prefetch(static_cast<const char*>(row.param) + at, 1);
+    __builtin_prefetch(static_cast<const char*>(row.grad) + at);
+    for (const void* state : row.state) {
+      __builtin_prefetch(static_cast<const char*>(state) + at, 1);
+    }
+  }
+}
+
+}  // namespace
+
+#define FUSEDOPT_CONCAT(a, b) a##b
+#define FUSEDOPT_NAME(a, b) FUSEDOPT_CONCAT(a, b)
+
+void FUSEDOPT_NAME(apply_, FUSEDOPT_RULE)(const Job& job, int64_t first, int64_t last) {
+  ConstantsCache<float> floats;
+  ConstantsCache<double> doubles;
+  for (const Piece* piece = job.table.pieces + first; piece < job.table.pieces + last; ++piece) {
+    const TensorRow& row = job.table.tensors[piece->tensor];
+    if (piece + 1 < job.table.pieces + last) prefetch(job, piece[1]);
+    if (row.grad == nullptr) continue;
+    if (row.param_type == DType::kFloat64) {
+      apply_piece(job, row, *piece, doubles);
+    } else {
+      apply_piece(job, row, *piece, floats);
+    }
+  }
+}
+
+}  // namespace FUSEDOPT_ISA
+}  // namespace fusedopt::cpu

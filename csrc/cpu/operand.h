@@ -1,0 +1,62 @@
+// One operand of a row (parameter, gradient or a state), seen by the loops as an array of the
+// compute type: in place where the memory is already that, else through a small buffer that
+// converts types and gathers strides.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/table.h"
+
+namespace fusedopt::cpu {
+
+// Elements staged at once: the buffers of all operands stay in the first-level cache.
+constexpr int kBlock = 512;
+
+namespace FUSEDOPT_ISA {
+
+template <typename T>
+struct Operand;
+
+// What cannot be used in place, to and from a buffer (staging.cpp).
+template <typename T>
+void stage_in(const Operand<T>& operand, int64_t first, int count, T* buffer);
+template <typename T>
+void stage_out(const Operand<T>& operand, int64_t first, int count, const T* buffer);
+
+template <typename T>
+struct Operand {
+  bool in_place() const { return layout == nullptr && type == kOwnType; }
+
+  // The values of `count` elements from `first`: in place, or read into `buffer`.
+  T* read(int64_t first, int count, T* buffer) const {
+    if (in_place()) return static_cast<T*>(base) + first;
+    stage_in(*this, first, count, buffer);
+    return buffer;
+  }
+
+  // Writes back what `read` staged; nothing to do in place.
+  void write(int64_t first, int count, const T* buffer) const {
+    if (!in_place()) stage_out(*this, first, count, buffer);
+  }
+
+  static constexpr DType kOwnType = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
+
+  void* base;
+  DType type;
+  const int64_t* layout;
+  int index;  // among the operands of a row
+};
+
+// How many elements a loop takes at once: the whole piece where nothing is staged.
+inline int block_length(bool staged, int64_t remaining) {
+  return static_cast<int>(staged ? std::min<int64_t>(kBlock, remaining) : remaining);
+}
+
+template <typename T>
+Operand<T> grad_operand(const TensorRow& row) {
+  return {const_cast<void*>(row.grad), row.grad_type, row.layout, 1};
+}
+
+}  // namespace FUSEDOPT_ISA
+}  // namespace fusedopt::cpu

@@ -1,0 +1,108 @@
+// Runs the loops of the chosen instruction set over a table, in one parallel region a pass.
+#include "cpu/passes.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/control.h"
+#include "cpu/instruction_sets.h"
+
+namespace fusedopt::cpu {
+namespace {
+
+// Below this many elements a second thread costs more than it brings.
+constexpr int64_t kElementsPerThread = 8 * 1024;
+// Elements in a task: one large piece, or many small ones.
+constexpr int64_t kElementsPerTask = kPieceLength;
+// What handling a piece costs, in elements.
+constexpr int64_t kPieceOverhead = 64;
+
+void for_each_task(const Job& job, int threads, PieceLoop loop) {
+  threads = static_cast<int>(
+      std::min<int64_t>(threads, 1 + job.task_count * kElementsPerTask / kElementsPerThread / 2));
+  if (threads == 1) return loop(job, 0, job.table.piece_count);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t task = 0; task < job.task_count; ++task) {
+    loop(job, job.tasks[task], job.tasks[task + 1]);
+  }
+}
+
+template <typename Predicate>
+bool any_group(const Table& table, Predicate predicate) {
+  return std::any_of(table.groups, table.groups + table.group_count, predicate);
+}
+
+bool clips_by_param(const Table& table) {
+  return any_group(table, [](const GroupRow& g) { return g.max_grad_norm_per_param != INFINITY; });
+}
+
+}  // namespace
+
+double reduce(Job& job, std::vector<double>& param_clips, int threads) {
+  for_each_task(job, threads, current_instruction_set().reduce);
+  const Table& table = job.table;
+  const bool clips = clips_by_param(table);
+  param_clips.assign(clips ? table.tensor_count : 0, 1.0);
+  job.param_clips = clips ? param_clips.data() : nullptr;
+
+  double total = 0.0;
+  int64_t nonfinite = 0;
+  for (int64_t i = 0; i < table.piece_count;) {
+    const int32_t tensor = table.pieces[i].tensor;
+    const TensorRow& row = table.tensors[tensor];
+    double sum = 0.0;
+    for (; i < table.piece_count && table.pieces[i].tensor == tensor; ++i) {
+      if (row.grad == nullptr) continue;
+      sum += job.partials[i].sum_squares;
+      nonfinite |= job.partials[i].nonfinite;
+    }
+    if (clips) {
+      const double norm = std::sqrt(sum);
+      param_clips[tensor] = clip_coefficient(norm, table.groups[row.group].max_grad_norm_per_param);
+      sum = (norm * param_clips[tensor]) * (norm * param_clips[tensor]);
+    }
+    total += sum;
+  }
+  job.control.nonfinite = nonfinite != 0 ? 1.0 : 0.0;
+  return total;
+}
+
+void settle(StepControl& control, double sum_squares, const StepInputs& inputs) {
+  control.norm = std::sqrt(sum_squares);
+  control.clip =
+      inputs.max_grad_norm >= 0.0 ? clip_coefficient(control.norm, inputs.max_grad_norm) : 1.0;
+  const bool skip = inputs.found_inf || (inputs.skip_nonfinite && control.nonfinite != 0.0);
+  control.skip = skip ? 1.0 : 0.0;
+}
+
+void apply(Job& job, size_t rule, int threads) {
+  if (job.control.skip != 0.0) return;
+  const Table& table = job.table;
+  job.transforms = job.control.unscale != 1.0 || job.control.clip != 1.0 ||
+                   job.param_clips != nullptr ||
+                   any_group(table, [](const GroupRow& g) { return g.max_grad_value != INFINITY; });
+  for (int64_t i = 0; i < table.tensor_count; ++i) {
+    if (table.tensors[i].grad != nullptr) *table.tensors[i].step += 1.0f;
+  }
+  for_each_task(job, threads, current_instruction_set().apply[rule]);
+}
+
+std::vector<int64_t> cut_tasks(const std::vector<Piece>& pieces) {
+  std::vector<int64_t> starts{0};
+  int64_t work = 0;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    work += pieces[i].length + kPieceOverhead;
+    if (work >= kElementsPerTask) {
+      starts.push_back(static_cast<int64_t>(i) + 1);
+      work = 0;
+    }
+  }
+  if (starts.back() != static_cast<int64_t>(pieces.size())) {
+    starts.push_back(static_cast<int64_t>(pieces.size()));
+  }
+  return starts;
+}
+
+}  // namespace fusedopt::cpu

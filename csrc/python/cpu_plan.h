@@ -1,0 +1,29 @@
+// The step plan of the CPU backend.
+#pragma once
+
+#include <vector>
+
+#include "cpu/passes.h"
+#include "python/plan.h"
+
+namespace fusedopt {
+
+class CpuPlan : public Plan {
+ public:
+  CpuPlan(const std::string& rule, const py::list& slots, const py::list& param_groups,
+          const py::dict& state);
+
+  void step(const py::object& grad_scale, const py::object& found_inf,
+            std::optional<double> max_grad_norm, bool skip_nonfinite) override;
+  at::Tensor reduce(const at::Tensor& unscale) override;
+  void apply(const at::Tensor& control) override;
+
+ private:
+  cpu::Job make_job();
+
+  std::vector<int64_t> tasks_;
+  std::vector<Partial> partials_;
+  std::vector<double> param_clips_;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,129 @@
+"""The arithmetic between the passes in torch operations.
+
+For parameters that torch's rules update, and for a norm over several plans. The order of the
+numbers in a control tensor is that of ``StepControl`` in ``csrc/core/table.h``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNSCALE, CLIP, NORM, NONFINITE, SKIP = range(5)
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """Returns min(1, max_norm / (norm + 1e-6)) with NaN coming through; 1 for an infinite limit."""
+    if math.isinf(max_norm):
+        return torch.ones_like(norm)
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def unscale_factor(grad_scale: Any, device: torch.device) -> Tensor:
+    """Returns 1 / grad_scale as a 0-dim float64 tensor on ``device``; 1 without a scale."""
+    if grad_scale is None:
+        return torch.ones((), dtype=torch.float64, device=device)
+    scale = torch.as_tensor(grad_scale, dtype=torch.float64).reshape(())
+    return scale.to(device).reciprocal()
+
+
+def settle(
+    totals: Iterable[Tensor],
+    unscale: Tensor,
+    found_inf: Any,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """Returns the control tensor of a step from what the reduce passes found.
+
+    Args:
+        totals: float64[2] of every plan: sum of squares, and whether anything was not finite.
+        unscale: 0-dim float64; its device is the device of the result.
+        found_inf: A tensor or number, nonzero to skip; or None.
+        max_grad_norm: Limit of the global norm, or None.
+        skip_nonfinite: Whether a gradient that is not finite skips the step.
+    """
+    device = unscale.device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for found in totals:
+        total = total + found.to(device)
+    norm = total[0].sqrt()
+    nonfinite = total[1] != 0
+    one = torch.ones_like(norm)
+    clip = one if max_grad_norm is None else clip_coefficient(norm, max_grad_norm)
+    skip = nonfinite if skip_nonfinite else torch.zeros_like(nonfinite)
+    if found_inf is not None:
+        skip = skip | (torch.as_tensor(found_inf).to(device).reshape(()) != 0)
+    return torch.stack([unscale, clip, norm, nonfinite.to(torch.float64), skip.to(torch.float64)])
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """Returns the type that a parameter's rule computes in."""
+    wide = param.dtype in (torch.float64, torch.complex128)
+    if param.is_complex():
+        return torch.complex128 if wide else torch.complex64
+    return torch.float64 if wide else torch.float32
+
+
+class GradTransform:
+    """What happens to one parameter's gradient before torch's rule sees it.
+
+    The steps and their order are those of ``GradTransform`` in ``csrc/core/control.h``. The
+    parameter's own gradient is never written; sparse gradients are coalesced and keep their
+    indices.
+    """
+
+    def __init__(self, param: Tensor, group: dict[str, Any], unscale: float) -> None:
+        self._dtype = compute_dtype(param)
+        self._param = param
+        self._unscale = unscale
+        self._max_value: float | None = group.get("max_grad_value")
+        self._max_norm: float | None = group.get("max_grad_norm_per_param")
+        self._own_clip = 1.0
+        if self._max_value is not None and param.is_complex():
+            raise ValueError(
+                f"max_grad_value is {self._max_value}, but a complex gradient has no order;"
+                " put complex parameters into a group with max_grad_value=None"
+            )
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether, apart from the global clip, nothing happens at all."""
+        return self._unscale == 1.0 and self._max_value is None and self._max_norm is None
+
+    def reduce(self, grad: Tensor) -> Tensor:
+        """Returns float64[2]: the squared norm after the first three steps, and any non-finite."""
+        raw = _values(grad)
+        limited = torch.view_as_real(self._limited(raw)) if raw.is_complex() else self._limited(raw)
+        sum_squares = limited.double().square().sum()
+        if self._max_norm is not None:
+            norm = sum_squares.sqrt()
+            self._own_clip = clip_coefficient(norm, self._max_norm).item()
+            sum_squares = (norm * self._own_clip).square()
+        nonfinite = (~torch.isfinite(raw)).any()
+        return torch.stack([sum_squares, nonfinite.to(torch.float64)])
+
+    def apply(self, grad: Tensor, global_clip: float) -> Tensor:
+        """Returns the gradient that the rule sees, in the type of ``grad``."""
+        if self.is_identity and global_clip == 1.0:
+            return grad
+        values = self._limited(_values(grad)) * self._own_clip * global_clip
+        values = values.to(grad.dtype)
+        if not grad.is_sparse:
+            return values
+        grad = grad.coalesce()
+        return torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True)
+
+    def _limited(self, values: Tensor) -> Tensor:
+        values = values.to(self._dtype) * self._unscale
+        if self._max_value is not None:
+            values = values.clamp(-self._max_value, self._max_value)
+        return values
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad

@@ -1,0 +1,70 @@
+"""A fused twin of a torch optimizer that already trains."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ._optimizer import FusedOptimizer, _torch_class
+from .adadelta import Adadelta
+from .adagrad import Adagrad
+from .adam import Adam
+from .adamw import AdamW
+from .rmsprop import RMSprop
+from .sgd import SGD
+
+_TWINS: dict[type, type[FusedOptimizer]] = {
+    _torch_class(twin): twin for twin in (Adam, AdamW, SGD, RMSprop, Adagrad, Adadelta)
+}
+
+
+def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> Any:
+    """Returns a fused twin of ``optimizer``: same parameters, same groups, same state tensors.
+
+    Training goes on where it was; only the tiny step counters move into a buffer of ours. Hooks are
+    not taken over, and a scheduler made for ``optimizer`` must be made again for the twin. Stop
+    using ``optimizer`` afterwards: both would write the same state.
+
+    Args:
+        optimizer: An instance of ``torch.optim.Adam``, ``AdamW``, ``SGD``, ``RMSprop``, ``Adagrad``
+            or ``Adadelta``.
+        **extras: Keyword arguments of the twin's constructor, such as ``max_grad_norm``; they win
+            over the optimizer's own.
+
+    Returns:
+        An instance of the fusedopt class of the same name.
+
+    Raises:
+        TypeError: If there is no fused class for the optimizer.
+
+    Example:
+        >>> optimizer = fusedopt.from_torch(torch.optim.AdamW(model.parameters()),
+        max_grad_norm=1.0)
+    """
+    twin_class = _TWINS.get(type(optimizer))
+    if twin_class is None:
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; expected exactly one of"
+            f" {', '.join(f'torch.optim.{kind.__name__}' for kind in _TWINS)}. A subclass may have"
+            " changed the rule: construct the fusedopt class yourself"
+        )
+    accepted = inspect.signature(twin_class).parameters
+    defaults = {
+        name: value
+        for name, value in optimizer.defaults.items()
+        if name in accepted and name != "fused"
+    }
+    groups = []
+    for group in optimizer.param_groups:
+        params = group["params"]
+        if "param_names" in group:
+            params = list(zip(group["param_names"], params, strict=True))
+        rest = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        groups.append({"params": params, **rest})
+    twin = twin_class(groups, **{**defaults, **extras})
+    twin.state.clear()
+    for param, entries in optimizer.state.items():
+        twin.state[param] = dict(entries)
+    return twin

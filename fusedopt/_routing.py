@@ -1,0 +1,98 @@
+"""Decides which parameters native kernels update and which take torch's rules."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def not_plain(param: Tensor) -> str | None:
+    """Says why ``param`` is not plainly a tensor with memory of its own; None when it is."""
+    kind = type(param)
+    if kind not in (Tensor, torch.nn.Parameter):
+        dispatch = getattr(kind, "__torch_dispatch__", None)
+        if dispatch not in (None, torch._C._disabled_torch_dispatch_impl):
+            return f"a {kind.__name__} (a tensor subclass with its own dispatch)"
+        function = getattr(kind, "__torch_function__", None)
+        plain = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
+        # Bound to the subclass, the method that it inherits is another object.
+        own = getattr(function, "__func__", function)
+        if own not in (*plain, getattr(plain[0], "__func__", None)):
+            return f"a {kind.__name__} (a tensor subclass with its own operations)"
+    if param.device.type == "meta":
+        return "a meta tensor"
+    return None
+
+
+def needs_torch_rule(param: Tensor, group: dict[str, Any], entries: dict[str, Any]) -> bool:
+    """Whether a plain parameter takes torch's rule under every backend."""
+    return (
+        group.get("differentiable", False)
+        or param.layout != torch.strided
+        or param.dtype not in _KERNEL_DTYPES
+        or any(
+            value.layout != torch.strided or value.dtype not in _KERNEL_DTYPES
+            for value in entries.values()
+            if isinstance(value, Tensor)
+        )
+    )
+
+
+def _memory_range(tensor: Tensor) -> tuple[int, int]:
+    """Returns the first and one-past-last byte that a tensor of at least one element touches."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def sharing_memory(owners: Iterable[tuple[Tensor, Iterable[Tensor]]]) -> set[Tensor]:
+    """Returns the parameters whose memory, or whose state's, overlaps another's or itself.
+
+    Updating those in parallel would race; torch's rules take them one after another, as torch does.
+
+    Args:
+        owners: Parameters, each with all tensors that a step writes for it.
+    """
+    ranges = []
+    shared = set()
+    for param, tensors in owners:
+        for tensor in tensors:
+            if tensor.numel() == 0:
+                continue
+            ranges.append((*_memory_range(tensor), param))
+            if any(
+                stride == 0 and size > 1
+                for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            ):
+                shared.add(param)
+    ranges.sort(key=lambda entry: entry[:2])
+    reach, reacher = 0, None
+    for start, end, param in ranges:
+        if start < reach and reacher is not None:
+            shared |= {param, reacher}
+        if end > reach:
+            reach, reacher = end, param
+    return shared
+
+
+def sharded(params: Iterable[Tensor]) -> Tensor | None:
+    """Returns the first parameter of which this process holds only a shard, if there is one."""
+    tensor_module = sys.modules.get("torch.distributed.tensor")
+    flat_module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    kinds = tuple(
+        kind
+        for kind in (
+            getattr(tensor_module, "DTensor", None),
+            getattr(flat_module, "FlatParameter", None),
+        )
+        if kind is not None
+    )
+    return next((param for param in params if isinstance(param, kinds)), None)

@@ -1,0 +1,69 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adagrad import adagrad
+
+from ._optimizer import FusedOptimizer
+
+
+class Adagrad(FusedOptimizer, torch.optim.Adagrad):
+    r"""Adagrad in one fused pass; a drop-in for :class:`torch.optim.Adagrad`.
+
+    .. math::
+        s_t &= s_{t-1} + g_t^2 \\
+        \theta_t &= \theta_{t-1} - \frac{\gamma}{1 + (t - 1) \eta} \frac{g_t}{\sqrt{s_t} + \epsilon}
+
+    Args:
+        params: Parameters, named parameters, or groups of them. ``sum`` has a parameter's shape and
+            dtype and is made here, as torch makes it.
+        lr (float | Tensor): Learning rate :math:`\gamma`. Default: 1e-2.
+        lr_decay (float): Decay :math:`\eta` of the learning rate. Default: 0.
+        weight_decay (float): L2 penalty, or decoupled decay. Default: 0.
+        initial_accumulator_value (float): What ``sum`` starts from. Default: 0.
+        eps (float): Added to the root. Default: 1e-10.
+        foreach (bool | None): Accepted for compatibility; changes nothing. Default: None.
+        maximize (bool): Ascends instead of descending. Default: False.
+        differentiable (bool): Lets autograd through the step; takes torch's rule. Default: False.
+        {extras}
+
+    Example:
+        >>> optimizer = fusedopt.Adagrad(model.parameters(), lr=1e-2)
+        >>> loss.backward()
+        >>> optimizer.step()
+
+    Source: Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
+    Optimization", JMLR 2011.
+    """
+
+    _rule = "adagrad"
+
+    def _check_for_torch(self, group: dict[str, Any]) -> None:
+        _, (has_sparse_grad, _) = self._collect(group)
+        decays = group["weight_decay"] != 0 and not group["decoupled_weight_decay"]
+        if has_sparse_grad and decays:
+            raise RuntimeError("weight_decay option is not compatible with sparse gradients")
+
+    def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
+        lists, (has_sparse_grad, has_complex) = self._collect(group)
+        params, own_grads, sums, steps = lists
+        adagrad(
+            params,
+            own_grads if grads is None else grads,
+            sums,
+            steps,
+            fused=False,
+            has_sparse_grad=has_sparse_grad,
+            foreach=group["foreach"],
+            differentiable=group["differentiable"],
+            has_complex=has_complex,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            lr_decay=group["lr_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )

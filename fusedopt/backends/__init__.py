@@ -1,0 +1,70 @@
+"""The backends: where a step's loops run.
+
+A native backend is a module with ``unavailable()`` (why it does not work here, or None),
+``serves(device)`` and ``make_plan(rule, device, slots, param_groups, state)``. What no native
+backend takes, torch's own rules do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+
+#: Native backends, in the order that "auto" prefers them.
+NATIVE = ("cuda", "triton", "cpu")
+#: What the ``backend`` argument accepts.
+CHOICES = ("auto", *NATIVE, "torch")
+
+_warned: set[str] = set()
+
+
+def load(name: str) -> ModuleType:
+    """Returns the module of a native backend."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def check(choice: str) -> str:
+    """Returns ``choice`` if it names a backend that works here.
+
+    Raises:
+        ValueError: If no backend is called so.
+        RuntimeError: If the backend was named explicitly and does not work here.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"backend is {choice!r}; expected one of {', '.join(map(repr, CHOICES))}")
+    if choice in NATIVE and (reason := load(choice).unavailable()) is not None:
+        raise RuntimeError(f"backend={choice!r} does not work here: {reason}")
+    return choice
+
+
+def for_device(choice: str, device: torch.device) -> ModuleType | None:
+    """Returns the native backend for parameters on ``device``, or None for torch's rules.
+
+    Raises:
+        ValueError: If an explicitly named backend cannot serve the device.
+    """
+    if choice == "torch":
+        return None
+    if choice != "auto":
+        backend = load(choice)
+        if not backend.serves(device):
+            raise ValueError(
+                f"backend={choice!r} cannot serve a parameter on {device}; move the parameter, or"
+                " use backend='auto'"
+            )
+        return backend
+    for name in NATIVE:
+        backend = load(name)
+        # Triton's interpreter serves the CPU too, but nobody gets that without asking for it.
+        if not backend.serves(device) or (name == "triton" and device.type == "cpu"):
+            continue
+        reason = backend.unavailable()
+        if reason is None:
+            return backend
+        if name not in _warned and backend.expected():
+            _warned.add(name)
+            warnings.warn(f"fusedopt goes on without its {name} backend: {reason}", stacklevel=2)
+    return None

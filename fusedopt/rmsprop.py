@@ -1,0 +1,72 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.rmsprop import rmsprop
+
+from ._optimizer import FusedOptimizer
+
+
+class RMSprop(FusedOptimizer, torch.optim.RMSprop):
+    r"""RMSprop in one fused pass; a drop-in for :class:`torch.optim.RMSprop`.
+
+    .. math::
+        v_t &= \alpha v_{t-1} + (1 - \alpha) g_t^2 \\
+        \theta_t &= \theta_{t-1} - \gamma \frac{g_t}{\sqrt{v_t} + \epsilon}
+
+    ``centered`` subtracts the squared moving average of the gradient from :math:`v_t` under the
+    root; with momentum the quotient goes through a buffer :math:`b_t = \mu b_{t-1} + g_t /
+    (\sqrt{v_t} + \epsilon)` first.
+
+    Args:
+        params: Parameters, named parameters, or groups of them. State tensors have a parameter's
+            shape and dtype.
+        lr (float | Tensor): Learning rate :math:`\gamma`. Default: 1e-2.
+        alpha (float): Decay :math:`\alpha` of the moving averages. Default: 0.99.
+        eps (float): Added to the root. Default: 1e-8.
+        weight_decay (float): L2 penalty, or decoupled decay. Default: 0.
+        momentum (float): Momentum :math:`\mu`. Default: 0, no buffer.
+        centered (bool): Normalises by an estimate of the variance. Default: False.
+        capturable (bool): Allows capture in a CUDA graph. Default: False.
+        foreach (bool | None): Accepted for compatibility; changes nothing. Default: None.
+        maximize (bool): Ascends instead of descending. Default: False.
+        differentiable (bool): Lets autograd through the step; takes torch's rule. Default: False.
+        {extras}
+
+    Example:
+        >>> optimizer = fusedopt.RMSprop(model.parameters(), lr=1e-3, momentum=0.9)
+        >>> loss.backward()
+        >>> optimizer.step()
+
+    Source: Tieleman & Hinton, "Lecture 6.5: RMSProp", Coursera 2012; centered: Graves 2013,
+    arXiv:1308.0850.
+    """
+
+    _rule = "rmsprop"
+
+    def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
+        lists, has_complex = self._collect(group)
+        params, own_grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
+        rmsprop(
+            params,
+            own_grads if grads is None else grads,
+            square_avgs,
+            grad_avgs,
+            momentum_buffers,
+            steps,
+            foreach=group["foreach"],
+            maximize=group["maximize"],
+            differentiable=group["differentiable"],
+            capturable=group["capturable"],
+            has_complex=has_complex,
+            lr=group["lr"],
+            alpha=group["alpha"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            centered=group["centered"],
+        )
