@@ -10,7 +10,7 @@ SOURCES := $(shell find cmake csrc fusedopt kernels -name __pycache__ -prune -o 
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
-.PHONY: help demo test lint test-cpp test-python format bench bench-gpu report gpu-check clean
+.PHONY: help demo test lint test-cpp test-python format bench bench-gpu report gpu-install gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,15 +56,17 @@ format: $(VENV)/requirements.stamp  ## ruff and clang-format, in place
 bench: $(VENV)/installed.stamp  ## measure on this CPU
 	$(BIN)/python benchmarks/run.py cpu
 
-bench-gpu: $(VENV)/installed.stamp  ## measure on this GPU
-	$(BIN)/python benchmarks/run.py gpu
+bench-gpu: gpu-install  ## measure on the GPU of $(PYTHON); no network, no virtual environment
+	$(PYTHON) benchmarks/run.py gpu
 
 report: $(VENV)/installed.stamp  ## tables and plots from the recorded results
 	$(BIN)/python benchmarks/report.py
 
-gpu-check:  ## build into $(PYTHON) and check on its GPU; no network, no virtual environment
+gpu-install:
 	FUSEDOPT_BUILD=cuda $(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps .
-	$(PYTHON) tests/gpu_check.py
+
+gpu-check: gpu-install  ## check on the GPU of $(PYTHON); no network, no virtual environment
+	PYTHONSAFEPATH=1 $(PYTHON) tests/gpu_check.py
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

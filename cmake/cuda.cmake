@@ -3,6 +3,14 @@
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120)
 endif()
+# All machine codes come from one pass of the front end, for the oldest architecture, whose PTX is kept for GPUs newer than the
+# list: half the compile time of a pass for each, and the kernels use nothing that only newer ones have.
+string(REGEX MATCHALL "[0-9]+" architectures "${CMAKE_CUDA_ARCHITECTURES}")
+list(SORT architectures COMPARE NATURAL)
+list(GET architectures 0 oldest)
+list(TRANSFORM architectures PREPEND "sm_" OUTPUT_VARIABLE codes)
+list(JOIN codes "," codes)
+set(CMAKE_CUDA_ARCHITECTURES OFF)
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
@@ -10,7 +18,8 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 # Correctly rounded, uncontracted arithmetic: the same bits as on the CPU.
-set(cuda_flags -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false
+set(cuda_flags "SHELL:-gencode arch=compute_${oldest},code=[${codes},compute_${oldest}]"
+               -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false
                -Xcompiler=-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra)
 
 # One object for every rule leaves cores idle on a large machine: there each nvcc takes several

@@ -7,6 +7,7 @@ numbers in a control tensor is that of ``StepControl`` in ``csrc/core/table.h``.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,17 @@ import torch
 from torch import Tensor
 
 UNSCALE, CLIP, NORM, NONFINITE, SKIP = range(5)
+
+
+def check_limit(name: str, value: Any, where: str) -> None:
+    """Raises ValueError for a limit that is not a number above zero; None is no limit."""
+    if value is None:
+        return
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or math.isnan(value) or value <= 0:
+        raise ValueError(
+            f"{name} is {value!r} {where}; expected a number above 0, or None for no limit"
+        )
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -97,6 +109,11 @@ class GradTransform:
 
     def reduce(self, grad: Tensor) -> Tensor:
         """Returns float64[2]: the squared norm after the first three steps, and any non-finite."""
+        if grad.device.type == "meta":
+            raise ValueError(
+                "max_grad_norm, max_grad_norm_per_param and skip_nonfinite need the gradient's"
+                " values, and a meta tensor has none; leave them unset"
+            )
         raw = _values(grad)
         limited = torch.view_as_real(self._limited(raw)) if raw.is_complex() else self._limited(raw)
         sum_squares = limited.double().square().sum()

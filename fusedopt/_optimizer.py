@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from . import backends
-from ._control import NONFINITE, NORM, SKIP
+from ._control import NONFINITE, NORM, SKIP, check_limit
 from ._pipeline import Pipeline
 
 #: Group keys of ours, after torch's own, with their defaults.
@@ -60,16 +58,6 @@ EXTRAS_DOC = """\
         RuntimeError: For a backend that does not work here."""
 
 
-def _check_limit(name: str, value: Any, where: str) -> None:
-    if value is None:
-        return
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or math.isnan(value) or value <= 0:
-        raise ValueError(
-            f"{name} is {value!r} {where}; expected a number above 0, or None for no limit"
-        )
-
-
 class FusedOptimizer(torch.optim.Optimizer):
     """The mixin before torch's class: ``class Adam(FusedOptimizer, torch.optim.Adam)``."""
 
@@ -77,6 +65,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _rule: ClassVar[str]
     #: Whether torch's own rule knows decoupled weight decay.
     _torch_decouples: ClassVar[bool] = False
+    #: Whether torch's own rule can be captured on XLA devices.
+    _captures_on_xla: ClassVar[bool] = True
 
     _step_supports_amp_scaling = True
 
@@ -116,6 +106,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             backend = "torch"
         self.backend = backend
         self.skip_nonfinite = bool(skip_nonfinite)
+        check_limit("max_grad_norm_per_param", max_grad_norm_per_param, "for the optimizer")
+        check_limit("max_grad_value", max_grad_value, "for the optimizer")
         always = self._always_decoupled()
         if always and decoupled_weight_decay is False:
             raise ValueError(
@@ -147,7 +139,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        _check_limit("max_grad_norm", value, "for the optimizer")
+        check_limit("max_grad_norm", value, "for the optimizer")
         self._max_grad_norm = value
 
     @property
@@ -187,7 +179,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f" {type(self).__name__}() or set optimizer.{name}"
                 )
         for name in ("max_grad_norm_per_param", "max_grad_value"):
-            _check_limit(name, group[name], where)
+            check_limit(name, group[name], where)
         if self._always_decoupled() and not group["decoupled_weight_decay"]:
             raise ValueError(
                 f"decoupled_weight_decay is {group['decoupled_weight_decay']!r} {where}, but"
@@ -291,7 +283,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if not group.get("capturable", False):
                 continue
-            supported = _get_capturable_supported_devices()
+            supported = _get_capturable_supported_devices(self._captures_on_xla)
             if any(param.device.type not in supported for param in group["params"]):
                 raise AssertionError(
                     "If capturable=True, params and state_steps must be on supported devices:"

@@ -29,6 +29,8 @@ class Pipeline:
         # Weak, or a cycle would keep parameters and state alive until the collector runs.
         self._reference = weakref.ref(optimizer)
         self._plans: dict[torch.device, Any] | None = None
+        # A graph may have captured a plan that is gone, and writes to its control tensor.
+        self._captured: list[Tensor] = []
         self._torch_params: dict[Tensor, int] = {}
         self._group_of: dict[Tensor, int] = {}
         self._order: dict[Tensor, int] = {}
@@ -46,6 +48,9 @@ class Pipeline:
 
     def reset(self) -> None:
         """Makes the next step build its plans anew."""
+        for device, plan in (self._plans or {}).items():
+            if device.type != "cpu":
+                self._captured.append(plan.control)
         self._plans = None
 
     def step(self, skip_nonfinite: bool) -> None:
@@ -92,7 +97,7 @@ class Pipeline:
         # A first look may find a plan outdated, a second state missing.
         for _ in range(3):
             if self._plans is not None and self._structure_changed():
-                self._plans = None
+                self.reset()
             if self._plans is None:
                 self._plans = self._build()
             rebuild, missing, foreign = self._begin(self._plans)
@@ -100,7 +105,7 @@ class Pipeline:
                 break
             if missing:
                 self._create_state(missing)
-            self._plans = None
+            self.reset()
         else:
             raise RuntimeError(
                 "param_groups or state change while a step is being prepared; do not write to them"
@@ -110,17 +115,20 @@ class Pipeline:
         foreign += [param for param in self._torch_params if param.grad is not None]
         foreign.sort(key=lambda param: self._order[param])
         for param in foreign:
-            self._check_gradient(param)
+            self._check_values(param)
             self._optimizer._check_for_torch(self._subgroup([param]))
         return self._plans, foreign
 
-    def _check_gradient(self, param: Tensor) -> None:
-        """Raises ValueError for a gradient that torch's rule would take wrongly or too late."""
+    def _check_values(self, param: Tensor) -> None:
+        """Raises ValueError for what torch's rule would take wrongly or refuse too late."""
+        index = self._group_of[param]
+        for name in ("max_grad_norm_per_param", "max_grad_value"):
+            group = self._optimizer.param_groups[index]
+            _control.check_limit(name, group.get(name), f"in param group {index}")
         grad = _grad(param)
         fits = grad.is_complex() if param.is_complex() else grad.is_floating_point()
         if fits and grad.shape == param.shape and grad.device == param.device:
             return
-        index = self._group_of[param]
         members = self._optimizer.param_groups[index]["params"]
         position = next(i for i, member in enumerate(members) if member is param)
         raise ValueError(
@@ -244,10 +252,11 @@ class Pipeline:
         """Runs a step over several plans or with torch's rules, under one norm and skip flag."""
         optimizer = self._optimizer
         limit = optimizer.max_grad_norm
-        home = next(iter(plans), foreign[0].device if foreign else torch.device("cpu"))
+        places = [*plans, *(param.device for param in foreign if param.device.type != "meta")]
+        home = places[0] if places else torch.device("cpu")
         unscale = _control.unscale_factor(grad_scale, home)
-        # Torch's rules run on the host's numbers: with them, a step synchronises.
-        factor = unscale.item() if foreign else 1.0
+        # Torch's rules take numbers of the host: with them, a step may synchronise.
+        factor = unscale.item() if foreign and grad_scale is not None else 1.0
         transforms = {
             param: GradTransform(param, optimizer.param_groups[self._group_of[param]], factor)
             for param in foreign
@@ -257,8 +266,10 @@ class Pipeline:
             totals = [plan.reduce(unscale.to(device)) for device, plan in plans.items()]
             totals += [transforms[param].reduce(_grad(param)) for param in foreign]
         self.control = _control.settle(totals, unscale, found_inf, limit, skip_nonfinite)
-        if foreign and self.control[_control.SKIP].item() == 0:
-            self._apply_torch_rules(foreign, transforms, self.control[_control.CLIP].item())
+        may_skip = found_inf is not None or skip_nonfinite
+        if foreign and not (may_skip and self.control[_control.SKIP].item() != 0):
+            clip = 1.0 if limit is None else self.control[_control.CLIP].item()
+            self._apply_torch_rules(foreign, transforms, clip)
         for device, plan in plans.items():
             plan.apply(self.control.to(device))
 

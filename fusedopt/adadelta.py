@@ -42,6 +42,7 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
     """
 
     _rule = "adadelta"
+    _captures_on_xla = False
 
     def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
         lists, has_complex = self._collect(group)

@@ -57,14 +57,20 @@ FUSEDOPT_NUMBERS_HD To bit_cast(From from) {
 
 FUSEDOPT_NUMBERS_HD float widen(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
 
-// The exponent is rebiased by an exact multiplication, which also turns subnormal halves into
-// normal floats; infinity and NaN, whose exponent is all ones, are completed by an or.
+// Normal halves are rebiased by an integer add, infinity and NaN by two; subnormal ones are their
+// mantissa times 2^-24, which is exact. No float is subnormal on the way: those cost a CPU a
+// hundred cycles each.
 FUSEDOPT_NUMBERS_HD float widen(Float16 x) {
+  constexpr uint32_t kRebias = 112u << 23;
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  const uint32_t mantissa = x.bits & 0x03ffu;
   const uint32_t rest = uint32_t{x.bits & 0x7fffu} << 13;
-  const float value = bit_cast<float>(rest) * bit_cast<float>(0x77800000u);  // 2^112
-  const uint32_t special = rest >= 0x0f800000u ? 0x7f800000u : 0u;
-  return bit_cast<float>(sign | special | bit_cast<uint32_t>(value));
+  const uint32_t subnormal =
+      bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(mantissa)) * 0x1p-24f);
+  uint32_t result = rest + kRebias;
+  result = rest >= 0x0f800000u ? result + kRebias : result;
+  result = rest < 0x00800000u ? subnormal : result;
+  return bit_cast<float>(sign | result);
 }
 
 FUSEDOPT_NUMBERS_HD BFloat16 narrow_bfloat16(float x) {

@@ -1,0 +1,177 @@
+// How the apply pass reaches the elements of a piece. A piece is a list of accesses, each of up to
+// kVector elements: first whole vectors, then whatever cannot be reached in aligned 16 bytes. All
+// of them meet in the same registers, so that a kernel holds the code of its rule once.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/kernels.h"
+#include "cuda/memory.cuh"
+#include "rules/common.h"
+
+namespace fusedopt::cuda {
+
+// The types of one apply kernel and what follows from them.
+template <typename Rule_, int kVariant_, typename Param_, typename Grad_, typename State_>
+struct ApplyTypes {
+  using Rule = Rule_;
+  using Param = Param_;
+  using Grad = Grad_;
+  using State = State_;
+  using Compute = std::conditional_t<std::is_same_v<Param, double>, double, float>;
+  static constexpr int kVariant = kVariant_;
+  static constexpr int kStates = rules::count_states<Rule>(kVariant);
+  static constexpr int kStateArray = kStates > 0 ? kStates : 1;
+  // Elements of an access: 16 bytes of the narrowest operand, so that every operand is read in
+  // whole 16 bytes. That keeps enough bytes under way: an H200 needs latency x bandwidth, 0.8 us
+  // x 4.8 TB/s / 132 = 29 KB for each multiprocessor, and 1024 resident threads with 32 bytes (SGD
+  // without momentum) to 80 bytes (AMSGrad) have 32 to 80 KB.
+  static constexpr int kVector =
+      kAccessBytes / static_cast<int>(std::min({sizeof(Param), sizeof(Grad), sizeof(State)}));
+};
+
+// The values of one access on their way through registers.
+template <typename Types>
+struct Elements {
+  using T = typename Types::Compute;
+  T param[Types::kVector];
+  T grad[Types::kVector];
+  T state[Types::kStateArray][Types::kVector];
+
+  // The constants stand in shared memory.
+  template <typename Constants, typename Transform>
+  FUSEDOPT_DEVICE void update(const Constants& constants, const Transform& transform) {
+#pragma unroll
+    for (int i = 0; i < Types::kVector; ++i) {
+      T own[Types::kStateArray];
+#pragma unroll
+      for (int k = 0; k < Types::kStates; ++k) own[k] = state[k][i];
+      reread_shared_memory();
+      Types::Rule::template update<Types::kVariant>(constants, param[i], transform(grad[i]), own);
+#pragma unroll
+      for (int k = 0; k < Types::kStates; ++k) state[k][i] = own[k];
+    }
+  }
+};
+
+template <typename Types>
+class PieceAccess {
+ public:
+  // `grad` null: a piece without accesses.
+  FUSEDOPT_DEVICE PieceAccess(const TensorRow& row, const void* grad, const Piece& piece)
+      : param_(static_cast<Param*>(row.param)),
+        grad_(static_cast<const typename Types::Grad*>(grad)),
+        layout_(row.layout),
+        begin_(piece.begin) {
+#pragma unroll
+    for (int k = 0; k < Types::kStates; ++k) state_[k] = static_cast<State*>(row.state[k]);
+    const int length = grad != nullptr ? piece.length : 0;
+    if (layout_ != nullptr) {
+      singles_ = count_ = length;
+      return;
+    }
+    param_ += begin_;
+    grad_ += begin_;
+#pragma unroll
+    for (int k = 0; k < Types::kStates; ++k) state_[k] += begin_;
+    const int head = aligned_head();
+    head_ = min(head < 0 ? length : head, length);
+    vectors_ = (length - head_) / Types::kVector;
+    singles_ = length - vectors_ * Types::kVector;
+    constexpr int kRound = kThreads * Types::kVector;
+    const bool few =
+        singles_ <= kThreads;  // one element an access, else a round of kThreads accesses
+    count_ = vectors_ + (few ? singles_ : (singles_ + kRound - 1) / kRound * kThreads);
+  }
+
+  FUSEDOPT_DEVICE int count() const { return count_; }
+
+  // Reads the elements of access i; those that it does not have stay as they are.
+  FUSEDOPT_DEVICE void load(int i, Elements<Types>& to) const {
+    if (i < vectors_) {
+      const int at = head_ + i * Types::kVector;
+      load_vector(param_ + at, to.param);
+      load_vector(grad_ + at, to.grad);
+#pragma unroll
+      for (int k = 0; k < Types::kStates; ++k) load_vector(state_[k] + at, to.state[k]);
+    } else {
+      for_each_single(i, [&](int e, const auto& at) {
+        to.param[e] = load_single<T>(param_ + at(0));
+        to.grad[e] = load_single<T>(grad_ + at(1));
+#pragma unroll
+        for (int k = 0; k < Types::kStates; ++k) {
+          to.state[k][e] = load_single<T>(state_[k] + at(2 + k));
+        }
+      });
+    }
+  }
+
+  FUSEDOPT_DEVICE void store(int i, const Elements<Types>& from) const {
+    if (i < vectors_) {
+      const int at = head_ + i * Types::kVector;
+      store_vector(param_ + at, from.param);
+#pragma unroll
+      for (int k = 0; k < Types::kStates; ++k) store_vector(state_[k] + at, from.state[k]);
+    } else {
+      for_each_single(i, [&](int e, const auto& at) {
+        store_single(param_ + at(0), from.param[e]);
+#pragma unroll
+        for (int k = 0; k < Types::kStates; ++k) {
+          store_single(state_[k] + at(2 + k), from.state[k][e]);
+        }
+      });
+    }
+  }
+
+ private:
+  using T = typename Types::Compute;
+  using Param = typename Types::Param;
+  using State = typename Types::State;
+
+  // How many elements stand before the first that is 16-byte aligned in every operand; -1 when
+  // there is none, because the operands are misaligned by different amounts.
+  FUSEDOPT_DEVICE int aligned_head() const {
+    int head = max(elements_to_alignment(param_), elements_to_alignment(grad_));
+#pragma unroll
+    for (int k = 0; k < Types::kStates; ++k) head = max(head, elements_to_alignment(state_[k]));
+    bool common = is_aligned(param_ + head) && is_aligned(grad_ + head);
+#pragma unroll
+    for (int k = 0; k < Types::kStates; ++k) common = common && is_aligned(state_[k] + head);
+    return common ? head : -1;
+  }
+
+  // Calls visit(e, at) for the elements of access i, which is no vector: element e of the access
+  // stands at at(operand). Neighbouring accesses have neighbouring elements, so that a warp reads
+  // whole sectors.
+  template <typename Visit>
+  FUSEDOPT_DEVICE void for_each_single(int i, Visit visit) const {
+    if (layout_ != nullptr) {
+      int64_t offsets[2 + Types::kStates];
+      strided_offsets(layout_, begin_ + i, offsets);
+      visit(0, [&offsets](int operand) { return offsets[operand]; });
+      return;
+    }
+    const int access = i - vectors_;
+    const int first = access / kThreads * kThreads * Types::kVector + access % kThreads;
+#pragma unroll
+    for (int e = 0; e < Types::kVector; ++e) {
+      const int single = first + e * kThreads;
+      const int at = single < head_ ? single : single + vectors_ * Types::kVector;
+      if (single < singles_) visit(e, [at](int) { return at; });
+    }
+  }
+
+  Param* param_;
+  const typename Types::Grad* grad_;
+  State* state_[Types::kStateArray];
+  const int64_t* layout_;  // not null: every element is a single one, and the pointers are the
+                           // tensor's, not the piece's
+  int64_t begin_;
+  int head_ = 0;     // elements before the first vector
+  int vectors_ = 0;  // accesses [0, vectors) are vectors
+  int singles_;      // elements outside of vectors
+  int count_;        // of accesses
+};
+
+}  // namespace fusedopt::cuda

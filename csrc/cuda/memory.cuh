@@ -1,0 +1,173 @@
+// How kernels read and write memory: 16 bytes or one element at a time, converted to and from the
+// compute type. GPUs convert half types in one instruction; it rounds as core/numbers.h does, so
+// only the payload of a NaN can differ.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "core/numbers.h"
+
+#define FUSEDOPT_DEVICE __device__ __forceinline__
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define FUSEDOPT_NATIVE_HALVES
+#endif
+
+namespace fusedopt::cuda {
+
+constexpr int kAccessBytes = 16;
+
+// Makes the compiler read shared memory again instead of holding its contents in registers. It then
+// also cannot compile code anew for every combination of the conditions found there, which doubles
+// or quadruples the kernels of some rules.
+FUSEDOPT_DEVICE void reread_shared_memory() { asm volatile("" ::: "memory"); }
+
+// A pointer that came out of a table, which the compiler cannot know to be one to device memory:
+// without the hint it uses the slower generic accesses.
+template <typename Pointed>
+FUSEDOPT_DEVICE Pointed* in_global_memory(Pointed* p) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
+#ifdef FUSEDOPT_NATIVE_HALVES
+FUSEDOPT_DEVICE float widen_native(Float16 x) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+}
+
+FUSEDOPT_DEVICE uint32_t narrow_pair(float low, float high, Float16) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+FUSEDOPT_DEVICE uint32_t narrow_pair(float low, float high, BFloat16) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+#endif
+
+template <typename T, typename Storage>
+FUSEDOPT_DEVICE T from_storage(Storage x) {
+#ifdef FUSEDOPT_NATIVE_HALVES
+  if constexpr (std::is_same_v<Storage, Float16>) return static_cast<T>(widen_native(x));
+#endif
+  return load_as<T>(x);
+}
+
+template <typename Storage, typename T>
+FUSEDOPT_DEVICE Storage to_storage(T x) {
+#ifdef FUSEDOPT_NATIVE_HALVES
+  if constexpr (sizeof(Storage) == 2) {
+    return Storage{static_cast<uint16_t>(narrow_pair(static_cast<float>(x), 0.0f, Storage{}))};
+  }
+#endif
+  Storage result;
+  store_as(result, x);
+  return result;
+}
+
+template <typename T, typename Storage>
+FUSEDOPT_DEVICE T load_single(const Storage* from) {
+  return from_storage<T>(*in_global_memory(from));
+}
+
+template <typename Storage, typename T>
+FUSEDOPT_DEVICE void store_single(Storage* to, T from) {
+  *in_global_memory(to) = to_storage<Storage>(from);
+}
+
+// kCount elements from an address that is a multiple of 16 bytes.
+template <typename Storage, int kCount, typename T>
+FUSEDOPT_DEVICE void load_vector(const Storage* from, T (&to)[kCount]) {
+  constexpr int kEach = kAccessBytes / sizeof(Storage);
+  static_assert(kCount % kEach == 0);
+#pragma unroll
+  for (int access = 0; access < kCount / kEach; ++access) {
+    const uint4 raw = in_global_memory(reinterpret_cast<const uint4*>(from))[access];
+    Storage values[kEach];
+    memcpy(values, &raw, sizeof(raw));
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) to[access * kEach + i] = from_storage<T>(values[i]);
+  }
+}
+
+template <typename Storage, int kCount, typename T>
+FUSEDOPT_DEVICE void store_vector(Storage* to, const T (&from)[kCount]) {
+  constexpr int kEach = kAccessBytes / sizeof(Storage);
+  static_assert(kCount % kEach == 0);
+#pragma unroll
+  for (int access = 0; access < kCount / kEach; ++access) {
+    uint4 raw;
+#ifdef FUSEDOPT_NATIVE_HALVES
+    if constexpr (sizeof(Storage) == 2) {
+      const T* x = from + access * kEach;
+      raw.x = narrow_pair(x[0], x[1], Storage{});
+      raw.y = narrow_pair(x[2], x[3], Storage{});
+      raw.z = narrow_pair(x[4], x[5], Storage{});
+      raw.w = narrow_pair(x[6], x[7], Storage{});
+    } else
+#endif
+    {
+      Storage values[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) values[i] = to_storage<Storage>(from[access * kEach + i]);
+      memcpy(&raw, values, sizeof(raw));
+    }
+    in_global_memory(reinterpret_cast<uint4*>(to))[access] = raw;
+  }
+}
+
+// The value of a 0-dim tensor.
+FUSEDOPT_DEVICE double read_number(const void* from, DType type) {
+  switch (type) {
+    case DType::kFloat32:
+      return *static_cast<const float*>(from);
+    case DType::kFloat64:
+      return *static_cast<const double*>(from);
+    case DType::kFloat16:
+      return from_storage<float>(*static_cast<const Float16*>(from));
+    case DType::kBFloat16:
+      return from_storage<float>(*static_cast<const BFloat16*>(from));
+  }
+  return 0.0;
+}
+
+// How many elements stand before the first address that is a multiple of 16 bytes.
+template <typename Storage>
+FUSEDOPT_DEVICE int elements_to_alignment(const Storage* p) {
+  constexpr int kEach = kAccessBytes / sizeof(Storage);
+  return static_cast<int>(-(reinterpret_cast<uintptr_t>(p) / sizeof(Storage)) & (kEach - 1));
+}
+
+template <typename Storage>
+FUSEDOPT_DEVICE bool is_aligned(const Storage* p) {
+  return reinterpret_cast<uintptr_t>(p) % kAccessBytes == 0;
+}
+
+// Where element `index` stands in each of the first kCount operands of a row, in elements from its
+// base.
+template <int kCount>
+FUSEDOPT_DEVICE void strided_offsets(const int64_t* layout, int64_t index,
+                                     int64_t (&offsets)[kCount]) {
+  const int64_t* sizes = Layout::sizes(layout);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) offsets[k] = 0;
+#pragma unroll 1
+  for (int64_t d = Layout::ndim(layout) - 1; d >= 0; --d) {
+    const int64_t rest = index / sizes[d];
+    const int64_t coordinate = index - rest * sizes[d];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) offsets[k] += coordinate * Layout::strides(layout, k)[d];
+    index = rest;
+  }
+}
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,87 @@
+// How the launchers talk to the CUDA runtime: checked calls, the current device, memory, launches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace fusedopt::cuda {
+
+// Throws std::runtime_error "fusedopt: <action> failed: <what CUDA says>" unless status is success.
+// Also forgets the error, so that an unrelated later call does not report it again.
+void check(cudaError_t status, const std::string& action);
+
+// Makes `device` current and, at the end, the one that was current before. Leaves the runtime alone
+// when they are the same: to name a device is to create a context on it.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_;
+  bool changed_;
+};
+
+// Lets this thread allocate memory and query events although some stream is under capture
+// (cudaStreamCaptureModeGlobal, as torch captures, otherwise fails such calls and spoils the
+// capture).
+class RelaxedCapture {
+ public:
+  RelaxedCapture();
+  ~RelaxedCapture();
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+bool is_capturing(cudaStream_t stream);
+
+// A copy of `size` bytes of host memory on the current device, complete when the constructor
+// returns, also while a stream is under capture. The size may be 0.
+class DeviceMemory {
+ public:
+  DeviceMemory(const void* from, size_t size);
+  ~DeviceMemory();
+  DeviceMemory(DeviceMemory&& other) noexcept;
+  DeviceMemory& operator=(DeviceMemory&&) = delete;
+
+  std::byte* data() const { return data_; }
+  // From now on the memory lives as long as the process.
+  void keep_forever() { forever_ = true; }
+
+ private:
+  std::byte* data_ = nullptr;
+  bool forever_ = false;
+};
+
+// Loads a kernel's code, which otherwise happens at its first launch; fails where there is none for
+// the device.
+template <typename Params>
+cudaError_t load_kernel(void (*kernel)(Params)) {
+  const RelaxedCapture relaxed;
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
+template <typename Params>
+void launch_kernel(void (*kernel)(Params), const Params& params, int64_t blocks,
+                   cudaStream_t stream, const std::string& name) {
+  Params copy = params;
+  void* arguments[] = {&copy};
+  const cudaError_t status = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
+                                              dim3(kThreads), arguments, 0, stream);
+  if (status != cudaSuccess) {
+    check(status, "launching " + name + " with " + std::to_string(blocks) + " blocks of " +
+                      std::to_string(kThreads) + " threads");
+  }
+}
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,35 @@
+// The step plan of the CUDA backend.
+#pragma once
+
+#include <memory>
+
+#include "cuda/launch.h"
+#include "python/plan.h"
+
+namespace fusedopt {
+
+class CudaPlan : public Plan {
+ public:
+  CudaPlan(const std::string& rule, int device, const py::list& slots, const py::list& param_groups,
+           const py::dict& state);
+
+  void step(const py::object& grad_scale, const py::object& found_inf,
+            std::optional<double> max_grad_norm, bool skip_nonfinite) override;
+  at::Tensor reduce(const at::Tensor& unscale) override;
+  void apply(const at::Tensor& control) override;
+
+ protected:
+  bool serves(const TensorRow& row) const override;
+
+ private:
+  // Brings the device's table up to this step; returns the current stream.
+  cuda::StreamHandle update();
+  // A number or tensor as a 0-dim float32 tensor on the device, undefined for None.
+  at::Tensor on_device(const py::object& value, const char* name) const;
+
+  int device_index_;
+  std::unique_ptr<cuda::DevicePlan> device_plan_;
+  uint64_t planned_version_ = 0;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,88 @@
+"""What every rule shares, csrc/rules/common.h in Triton.
+
+The opening, the moving average, and the few operations whose bits must be the same in every
+compiler. Used by the rules only.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def power(base, exponent):
+    """base^exponent by repeated squaring, in float64, with the multiplications of C++."""
+    result = base * 0.0 + 1.0
+    n = exponent.to(tl.int64)
+    while n > 0:
+        result = tl.where((n & 1) != 0, result * base, result)
+        base = base * base
+        n = n >> 1
+    return result
+
+
+@triton.jit
+def divide(a, b):
+    """The quotient a / b, correctly rounded.
+
+    Triton's plain division is approximate for float32 and exact for float64.
+    """
+    if a.dtype.primitive_bitwidth == 64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def root(x):
+    """The square root, correctly rounded.
+
+    Triton's plain one is approximate for float32 and exact for float64.
+    """
+    if x.dtype.primitive_bitwidth == 64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger of the two; NaN in either comes through (compiled, tl.maximum would drop it)."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def lerp_weights(w, T: tl.constexpr):
+    """An exponential moving average's weights as torch.lerp forms them: (weight, complement)."""
+    return w.to(T), (1.0 - w).to(T)
+
+
+@triton.jit
+def lerp(weights, start, end):
+    """The moving average of start and end; the side with the smaller weight is the correction."""
+    weight, complement = weights
+    difference = end - start
+    return tl.where(weight < 0.5, start + weight * difference, end - difference * complement)
+
+
+@triton.jit
+def opening_constants(hyper, T: tl.constexpr):
+    """(shrink, l2, sign) from the hyperparameters that open every rule's row."""
+    lr, weight_decay, decoupled_weight_decay, maximize = hyper[0], hyper[1], hyper[2], hyper[3]
+    shrink = tl.where(decoupled_weight_decay != 0.0, 1.0 - lr * weight_decay, 1.0).to(T)
+    l2 = tl.where(decoupled_weight_decay != 0.0, 0.0, weight_decay).to(T)
+    sign = tl.where(maximize != 0.0, -1.0, 1.0).to(T)
+    return shrink, l2, sign
+
+
+@triton.jit
+def opening(constants, param, grad):
+    """The opening of every rule; returns (param, grad).
+
+    g <- -g to maximize; then either p <- p (1 - lr wd) (decoupled, Loshchilov & Hutter 2019,
+    arXiv:1711.05101) or g <- g + wd p (L2).
+    """
+    shrink, l2, sign = constants
+    # Not by Triton's unary minus, which is 0 - g and loses the sign of zero.
+    grad = sign * grad
+    grad = tl.where(l2 != 0.0, grad + l2 * param, grad)
+    return param * shrink, grad
