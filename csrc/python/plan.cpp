@@ -94,6 +94,9 @@ Plan::Plan(const std::string& rule, c10::Device device, const py::list& slots,
     row.param_type = dtype_of(owned.param).value();
     row.numel = owned.param.numel();
     row.step = as_tensor(counter.ptr())->mutable_data_ptr<float>();
+    owned.counter_storage = as_tensor(counter.ptr())->storage();
+    slots_[i].counter = as_tensor(counter.ptr())->unsafeGetTensorImpl();
+    slots_[i].counter_storage = owned.counter_storage.unsafeGetStorageImpl();
     slots_[i].watched[slots_[i].watched_count++] = Watched(owned.param);
     adopt_state(i);
   }
@@ -181,6 +184,7 @@ __attribute__((always_inline)) inline void Plan::prefetch(size_t index) const {
     const auto* const bytes = reinterpret_cast<const char*>(far.watched[i].impl);
     for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(bytes + at);
   }
+  __builtin_prefetch(far.counter);
   const Slot& near = slots_[index + kStorages];
   for (int i = 0; i < near.watched_count; ++i) {
     __builtin_prefetch(near.watched[i].impl->unsafe_storage().unsafeGetStorageImpl());
@@ -203,13 +207,14 @@ bool Plan::state_dict_holds() {
   return true;
 }
 
-// Whether a parameter and its state are still the tensors, in the memory, that the row describes.
-// The counter is a view of a buffer of ours, which nobody moves.
+// Whether a parameter, its state and its counter are still the tensors, in the memory, that the row
+// describes. The counter is a view of a buffer of ours: one look at its storage is enough.
 bool Plan::slot_holds(size_t index) {
   const Slot& slot = slots_[index];
   for (int i = 0; i < slot.watched_count; ++i) {
     if (!slot.watched[i].unchanged()) return false;
   }
+  if (slot.counter->unsafe_storage().unsafeGetStorageImpl() != slot.counter_storage) return false;
   return slot.state == nullptr || slot.guard.unchanged(slot.state) || state_holds(index);
 }
 

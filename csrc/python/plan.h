@@ -91,6 +91,8 @@ class Plan {
     bool grad_seen = false;
     caffe2::TypeMeta grad_dtype;
     c10::DispatchKeySet grad_keys;  // of the gradient before: one like it needs no further look
+    const c10::TensorImpl* counter = nullptr;
+    const c10::StorageImpl* counter_storage = nullptr;
     PyObject* state = nullptr;
     DictGuard guard;
   };
@@ -101,6 +103,7 @@ class Plan {
     py::object param_object;
     at::Tensor param;
     py::object counter_object;
+    c10::Storage counter_storage;
     py::object state;
     std::vector<py::object> state_objects;
     std::vector<int64_t> layout;

@@ -1,0 +1,211 @@
+// The CUDA kernels and launchers, run on the CPU, against the rules applied element by element:
+// every rule, variant and combination of types, to the bit.
+#include "emulation.h"
+#include "problem.h"
+#include "rules_headers.inc"
+
+namespace fusedopt::test {
+namespace {
+
+// Hyperparameters by name, so that a new rule needs nothing here.
+template <typename Rule>
+GroupRow make_group(int which) {
+  GroupRow group{};
+  for (size_t i = 0; i < Rule::kHyperNames.size(); ++i) {
+    const std::string name = Rule::kHyperNames[i];
+    const bool flag = name == "maximize" || name == "nesterov" || name == "decoupled_weight_decay";
+    group.hyper[i] = flag                     ? (which >> (i % 2)) & 1
+                     : name == "lr"           ? 0.01 * (which + 1)
+                     : name == "weight_decay" ? 0.1 * which
+                     : name == "lr_decay"     ? 0.01
+                     : name == "eps"          ? 1e-6
+                     : name == "dampening"    ? 0.25 * which
+                     : name == "betas.0"      ? 0.45 + 0.2 * which
+                                              : 0.9 - 0.1 * which;
+  }
+  group.max_grad_value = INFINITY;
+  group.max_grad_norm_per_param = INFINITY;
+  return group;
+}
+
+// The values that kernels find behind pointers.
+struct Device {
+  float grad_scale;
+  float found_inf;
+  StepControl control;
+};
+
+template <typename Rule>
+void run_step(cuda::DevicePlan& plan, Problem<Rule>& problem, const StepRequest& request,
+              const std::string& what) {
+  Device device{};
+  memset(&device.control, 0x77, sizeof(device.control));
+  device.grad_scale = request.grad_scale.value_or(0.0f);
+  device.found_inf = request.found_inf.value_or(0.0f);
+  const cuda::StepInputs inputs{request.grad_scale ? &device.grad_scale : nullptr, nullptr,
+                                request.found_inf ? &device.found_inf : nullptr};
+  const StepControl expected = problem.reference_control(request);
+  plan.update(problem.rows.data(), problem.groups.data(), 0);
+  if (request.reduce) {
+    plan.reduce({inputs, request.max_grad_norm.value_or(-1.0), request.skip_nonfinite,
+                 &device.control, nullptr},
+                0);
+  }
+  plan.apply({inputs, &device.control, request.reduce}, 0);
+  const StepControl& control = device.control;
+  const auto near = [](double a, double b) {
+    return std::fabs(a - b) <= 1e-14 * std::fabs(b) || a == b || (a != a && b != b);
+  };
+  expect(control.unscale == expected.unscale, what + ": unscale");
+  expect(near(control.clip, expected.clip), what + ": clip " + std::to_string(control.clip) +
+                                                ", expected " + std::to_string(expected.clip));
+  expect(near(control.norm, expected.norm), what + ": norm " + std::to_string(control.norm) +
+                                                ", expected " + std::to_string(expected.norm));
+  expect(control.nonfinite == expected.nonfinite, what + ": nonfinite");
+  expect(control.skip == expected.skip, what + ": skip");
+  problem.reference_update(control);
+  problem.expect_same(what);
+}
+
+// Every size to 70 and around the borders of pieces; aligned, misaligned together, and misaligned
+// apart; strided.
+std::vector<TensorSpec> make_specs(const cuda::TypeCombo& types, int piece) {
+  std::vector<TensorSpec> specs;
+  for (int size = 0; size <= 70; ++size) {
+    const int shift = size % 9;
+    specs.push_back({size, types, size % 2,
+                     size % 3 == 0   ? std::vector<int>{0}
+                     : size % 3 == 1 ? std::vector<int>{shift}
+                                     : std::vector<int>{0, shift, 1}});
+  }
+  for (int size : {piece - 1, piece, piece + 1, 3 * piece + 5}) {
+    specs.push_back({size, types, 1, {0}});
+    specs.push_back({size, types, 0, {3}});
+    specs.push_back({size, types, 1, {0, 1}});
+  }
+  // 6 x 5 elements: the parameter transposed, the gradient expanded along rows with a gap, states
+  // in order.
+  std::vector<int64_t> layout = {2, 6, 5, 1, 6, 8, 1};
+  for (int k = 0; k < kMaxStates; ++k) layout.insert(layout.end(), {5, 1});
+  specs.push_back({30, types, 0, {1}, layout});
+  return specs;
+}
+
+template <typename Rule>
+void test_rule(const std::string& name) {
+  // 2304 elements: a piece takes more than one round of kThreads accesses of 8, misaligned or not.
+  constexpr int kPiece = 2304;
+  for (int variant = 0; variant < Rule::kVariants; ++variant) {
+    for (const cuda::TypeCombo& types : cuda::kTypeCombos) {
+      if (rules::count_states<Rule>(variant) == 0 && types.state != types.param) continue;
+      const std::string what = name + " variant " + std::to_string(variant) + " of " +
+                               cuda::name_of(types.param) + "/" + cuda::name_of(types.grad) + "/" +
+                               cuda::name_of(types.state);
+      Problem<Rule> problem(variant, {make_group<Rule>(0), make_group<Rule>(1)},
+                            make_specs(types, kPiece), kPiece);
+      problem.fill(variant + 1);
+      const size_t rule = rule_index(name);
+      expect(cuda::serves(rule, variant, problem.rows[0]), what + ": is served");
+      cuda::DevicePlan plan(rule, 0, problem.table());
+
+      problem.set_grads([](size_t i) { return i % 4 != 3; });
+      run_step(plan, problem, {}, what + ", first step");
+      emulation::set_reversed(true);
+      problem.set_grads([](size_t i) { return i % 5 != 0; });
+      run_step(plan, problem, {.grad_scale = 3.0f, .found_inf = 0.0f}, what + ", unscaled");
+      run_step(plan, problem, {.found_inf = 2.0f}, what + ", skipped by found_inf");
+      emulation::set_reversed(false);
+
+      problem.set_grads([](size_t) { return true; });
+      problem.groups[0].max_grad_value = 1.5;
+      problem.groups[1].max_grad_norm_per_param = 2.0;
+      double lr = 0.02;
+      problem.groups[1].lr = &lr;
+      problem.groups[1].lr_type = DType::kFloat64;
+      const StepRequest all{.grad_scale = 4.0f,
+                            .found_inf = 0.0f,
+                            .max_grad_norm = 1.0,
+                            .skip_nonfinite = true,
+                            .reduce = true};
+      run_step(plan, problem, all, what + ", all clips");
+      run_step(plan, problem, {}, what + ", no clips after clips");
+      emulation::set_reversed(true);
+      Tensor& victim = problem.tensors[70];
+      victim.set(1, 69, -INFINITY);
+      run_step(plan, problem, all, what + ", skipped by a non-finite gradient");
+      victim.set(1, 69, 0.25);
+      emulation::set_reversed(false);
+      if (&types != cuda::kTypeCombos) continue;  // sums take the emulation longest
+      run_step(plan, problem, all, what + ", all clips again");
+      run_step(plan, problem, {.max_grad_norm = INFINITY, .reduce = true},
+               what + ", measured only");
+    }
+  }
+}
+
+// Several combinations of types in one plan, rows of each in turn, against one reference.
+template <typename Rule>
+void test_mixture() {
+  std::vector<TensorSpec> specs;
+  for (int i = 0; i < 40; ++i) {
+    specs.push_back({i % 7 == 0 ? 0 : 17 * i, cuda::kTypeCombos[i % cuda::kTypeComboCount], i % 3});
+  }
+  Problem<Rule> problem(0, {make_group<Rule>(0), make_group<Rule>(1), make_group<Rule>(1)}, specs,
+                        100);
+  problem.fill(7);
+  problem.groups[2].max_grad_norm_per_param = 3.0;
+  cuda::DevicePlan plan(rule_index("adam"), 0, problem.table());
+  const int before = emulation::counts().launches;
+  run_step(plan, problem, {.max_grad_norm = 0.5, .reduce = true}, "mixture");
+  expect(emulation::counts().launches - before == 1 + cuda::kTypeComboCount, "mixture: launches");
+
+  problem.set_grads([](size_t i) { return i % cuda::kTypeComboCount == 2; });
+  const int after = emulation::counts().launches;
+  run_step(plan, problem, {}, "mixture with one combination");
+  expect(emulation::counts().launches - after == 1, "mixture with one combination: launches");
+}
+
+// Gradients that are inf or nan and not skipped reach parameters and norm; finite ones of any size
+// are no overflow.
+void test_nonfinite() {
+  for (const double bad : {double(INFINITY), double(NAN)}) {
+    Problem<rules::sgd> problem(0, {make_group<rules::sgd>(0)}, {{20, cuda::kTypeCombos[0]}}, 8);
+    problem.fill(3);
+    problem.tensors[0].set(1, 13, bad);
+    cuda::DevicePlan plan(rule_index("sgd"), 0, problem.table());
+    StepControl control{};
+    plan.update(problem.rows.data(), problem.groups.data(), 0);
+    plan.reduce({{}, 1.0, false, &control, nullptr}, 0);
+    plan.apply({{}, &control, true}, 0);
+    expect(!std::isfinite(control.norm) && control.nonfinite == 1.0 && control.skip == 0.0,
+           "nonfinite: control");
+    expect(std::isnan(problem.tensors[0].mine[0].get(13)), "nonfinite: reaches the parameter");
+  }
+  Problem<rules::sgd> problem(0, {make_group<rules::sgd>(0)}, {{3000, cuda::kTypeCombos[0]}}, 512);
+  problem.fill(4);
+  for (int i = 0; i < 3000; ++i) problem.tensors[0].set(1, i, 1e30);
+  cuda::DevicePlan plan(rule_index("sgd"), 0, problem.table());
+  StepControl control{};
+  double totals[2] = {-1.0, -1.0};
+  const double unscale = 0.5;
+  plan.update(problem.rows.data(), problem.groups.data(), 0);
+  plan.reduce({{nullptr, &unscale, nullptr}, -1.0, true, &control, totals}, 0);
+  const double exact = 3000.0 * 0.25 * double(1e30f) * double(1e30f);
+  expect(std::fabs(totals[0] / exact - 1.0) < 1e-12 && totals[1] == 0.0, "large gradients: totals");
+  expect(control.skip == 0.0 && control.clip == 1.0 && control.unscale == 0.5,
+         "large gradients: control");
+}
+
+}  // namespace
+}  // namespace fusedopt::test
+
+int main() {
+  using namespace fusedopt;
+#define FUSEDOPT_RULE(name) test::test_rule<rules::name>(#name);
+#include "rules_list.inc"
+#undef FUSEDOPT_RULE
+  test::test_mixture<rules::adam>();
+  test::test_nonfinite();
+  if (test::failures > 0) fprintf(stderr, "%d failures\n", test::failures);
+  return test::failures > 0;
+}

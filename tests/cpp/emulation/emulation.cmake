@@ -1,0 +1,32 @@
+# The CUDA backend compiled for the CPU by the C++ compiler: the sources of csrc/cuda with the header cuda_runtime.h of this
+# folder in the place of CUDA's. Include after the C++ tests are declared; cuda_*_test gets it. Result, for a Python
+# extension whose "GPU" is the CPU: FUSEDOPT_CUDA_EMULATED_OBJECTS.
+set(emulation_dir ${CMAKE_CURRENT_LIST_DIR})
+set(FUSEDOPT_CUDA_EMULATED_OBJECTS "")
+
+macro(fusedopt_emulated_objects target)
+  add_library(${target} OBJECT EXCLUDE_FROM_ALL ${ARGN})
+  target_include_directories(${target} BEFORE PRIVATE ${emulation_dir})
+  target_link_libraries(${target} PRIVATE fusedopt_common)
+  # Not -O3: there are 80 kernels, and the tests wait for the compiler. A GPU faults on a misaligned 16-byte access; so does
+  # the emulation.
+  target_compile_options(
+    ${target} PRIVATE -O1 -Wno-unknown-pragmas -fsanitize=alignment
+                      -fsanitize-undefined-trap-on-error)
+  list(APPEND FUSEDOPT_CUDA_EMULATED_OBJECTS $<TARGET_OBJECTS:${target}>)
+endmacro()
+
+file(GLOB emulated_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cpp)
+fusedopt_emulated_objects(fusedopt_cuda_emulated ${emulated_sources} ${emulation_dir}/runtime.cpp
+                          ${emulation_dir}/reduce.cpp)
+foreach(rule IN LISTS FUSEDOPT_RULES)
+  fusedopt_emulated_objects(fusedopt_cuda_emulated_${rule} ${emulation_dir}/apply.cpp)
+  target_compile_definitions(
+    fusedopt_cuda_emulated_${rule} PRIVATE FUSEDOPT_RULE=${rule}
+                                           FUSEDOPT_RULE_HEADER="rules/${rule}.h")
+endforeach()
+
+foreach(test IN ITEMS cuda_emulation_test cuda_plan_test)
+  target_sources(${test} PRIVATE ${FUSEDOPT_CUDA_EMULATED_OBJECTS})
+  target_include_directories(${test} BEFORE PRIVATE ${emulation_dir})
+endforeach()

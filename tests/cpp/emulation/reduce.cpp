@@ -1,0 +1,2 @@
+// The reduce kernel, compiled for the CPU.
+#include "cuda/reduce.cu"

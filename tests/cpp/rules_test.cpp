@@ -1,0 +1,256 @@
+// Tests what every backend shares, without torch: number conversions over all half patterns, the
+// small helpers, and every rule against its formula written out in double.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "check.h"
+#include "core/control.h"
+#include "core/numbers.h"
+#include "core/table.h"
+#include "rules_headers.inc"
+
+namespace fusedopt {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// A small floating-point format, by its definition.
+struct Format {
+  int mantissa;
+  int lowest;    // exponent of the smallest normal number
+  double limit;  // what rounds to infinity from here on
+};
+constexpr Format kHalf{10, -14, 65520.0};
+const Format kBrain{7, -126, std::ldexp(511.0 / 256.0, 127)};
+
+double decode(uint16_t bits, const Format& format) {
+  const int magnitude = bits & 0x7fff;
+  const int exponent = magnitude >> format.mantissa;
+  const double fraction = magnitude & ((1 << format.mantissa) - 1);
+  const double sign = bits & 0x8000 ? -1.0 : 1.0;
+  if (magnitude >> format.mantissa == 0x7fff >> format.mantissa) {
+    return fraction != 0.0 ? kNan : sign * kInf;
+  }
+  const double unit = std::ldexp(1.0, -format.mantissa);
+  if (exponent == 0) return sign * std::ldexp(fraction * unit, format.lowest);
+  return sign * std::ldexp(1.0 + fraction * unit, format.lowest + exponent - 1);
+}
+
+double nearest(double x, const Format& format) {
+  if (std::isnan(x)) return x;
+  if (std::fabs(x) >= format.limit) return std::copysign(kInf, x);
+  int exponent;
+  std::frexp(x, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent - 1, format.lowest) - format.mantissa);
+  return std::copysign(std::nearbyint(x / unit) * unit, x);
+}
+
+bool same(double a, double b) {
+  return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+}
+
+template <typename Narrow>
+void check_narrow(float x, const Format& format) {
+  Narrow narrow;
+  store_as(narrow, x);
+  const double expected = nearest(x, format);
+  CHECK(same(decode(narrow.bits, format), expected), "%a became %a, expected %a", x,
+        decode(narrow.bits, format), expected);
+}
+
+template <typename Narrow>
+void test_conversions(const Format& format) {
+  for (int bits = 0; bits < 0x10000; ++bits) {
+    const Narrow narrow{static_cast<uint16_t>(bits)};
+    const double value = decode(narrow.bits, format);
+    CHECK(same(load_as<float>(narrow), value), "pattern %04x", bits);
+    CHECK(same(load_as<double>(narrow), value), "pattern %04x", bits);
+    Narrow back;
+    store_as(back, load_as<float>(narrow));
+    CHECK(back.bits == narrow.bits || std::isnan(value), "%04x came back as %04x", bits, back.bits);
+    // Its neighbours in float, and the point half way to the next, where ties are.
+    const float here = static_cast<float>(value);
+    const double next = decode(static_cast<uint16_t>(bits + 1), format);
+    const float middle = static_cast<float>((value + next) / 2);
+    for (const float x : {here, middle}) {
+      check_narrow<Narrow>(x, format);
+      check_narrow<Narrow>(std::nextafter(x, INFINITY), format);
+      check_narrow<Narrow>(std::nextafter(x, -INFINITY), format);
+    }
+  }
+  // A prime step visits every exponent with all kinds of fractions.
+  for (uint64_t bits = 0; bits < uint64_t{1} << 32; bits += 9973) {
+    check_narrow<Narrow>(bit_cast<float>(static_cast<uint32_t>(bits)), format);
+  }
+}
+
+void test_helpers() {
+  for (const double base : {0.0, 0.5, 0.9, 0.999, 1.0, 1.5}) {
+    for (const int n : {0, 1, 2, 3, 7, 10, 63, 1000}) {
+      const double expected = static_cast<double>(powl(base, n));
+      const double found = rules::power(base, n);
+      CHECK(std::fabs(found - expected) <= (n + 1) * 1.2e-16 * expected, "%g^%d = %.17g", base, n,
+            found);
+    }
+  }
+  CHECK(rules::power(0.999, 16777216.0) == 0.0, "underflows to zero after 2^24 steps");
+  CHECK(rules::power(2.0, 30.0) == 1073741824.0, "exact powers are exact");
+
+  CHECK(rules::maximum(1.0f, 2.0f) == 2.0f && rules::maximum(2.0f, 1.0f) == 2.0f, "larger");
+  CHECK(std::isnan(rules::maximum(kNan, 1.0)) && std::isnan(rules::maximum(1.0, kNan)), "NaN");
+  CHECK(rules::maximum(-kInf, kInf) == kInf, "infinities");
+
+  for (const double x : {-kInf, -2.0, -0.5, 0.0, 0.5, 2.0, kInf}) {
+    CHECK(clamp_value(x, 0.75) == std::fmin(std::fmax(x, -0.75), 0.75), "%g", x);
+    CHECK(clamp_value(x, kInf) == x, "%g is within infinity", x);
+  }
+  CHECK(std::isnan(clamp_value(kNan, 1.0)) && std::isnan(clamp_value(float(kNan), 1.0f)), "NaN");
+
+  CHECK(clip_coefficient(2.0, 1.0) == 1.0 / (2.0 + 1e-6), "torch's formula");
+  CHECK(clip_coefficient(0.5, 1.0) == 1.0 && clip_coefficient(0.0, 1.0) == 1.0, "no amplification");
+  CHECK(clip_coefficient(kInf, 1.0) == 0.0 && std::isnan(clip_coefficient(kNan, 1.0)),
+        "propagates");
+  CHECK(clip_coefficient(kInf, kInf) == 1.0 && clip_coefficient(kNan, kInf) == 1.0,
+        "only measures");
+
+  const GradTransform<double> transform{0.5, 3.0, 0.25, 0.125};
+  CHECK(transform(4.0) == 2.0 * 0.25 * 0.125 && transform(-8.0) == -3.0 * 0.25 * 0.125, "order");
+}
+
+struct Numbers {
+  double param, states[4];
+};
+
+double opened(const rules::CommonHyper& h, double& param, double grad) {
+  grad = h.maximize != 0.0 ? -grad : grad;
+  if (h.decoupled_weight_decay != 0.0) {
+    param *= 1.0 - h.lr * h.weight_decay;
+  } else {
+    grad += h.weight_decay * param;
+  }
+  return grad;
+}
+
+template <int kVariant>
+void formula(const rules::adam::Hyper& h, int step, double grad, Numbers& n) {
+  const double g = opened(h.common, n.param, grad);
+  n.states[0] = h.beta1 * n.states[0] + (1 - h.beta1) * g;
+  n.states[1] = h.beta2 * n.states[1] + (1 - h.beta2) * g * g;
+  double second = n.states[1];
+  if (kVariant & rules::adam::kAmsgrad) second = n.states[2] = std::fmax(n.states[2], second);
+  const double m_hat = n.states[0] / (1 - std::pow(h.beta1, step));
+  const double v_hat = second / (1 - std::pow(h.beta2, step));
+  n.param -= h.common.lr * m_hat / (std::sqrt(v_hat) + h.eps);
+}
+
+template <int kVariant>
+void formula(const rules::sgd::Hyper& h, int step, double grad, Numbers& n) {
+  double g = opened(h.common, n.param, grad);
+  if (kVariant & rules::sgd::kMomentum) {
+    n.states[0] = step == 1 ? g : h.momentum * n.states[0] + (1 - h.dampening) * g;
+    g = h.nesterov != 0.0 ? g + h.momentum * n.states[0] : n.states[0];
+  }
+  n.param -= h.common.lr * g;
+}
+
+template <int kVariant>
+void formula(const rules::rmsprop::Hyper& h, int, double grad, Numbers& n) {
+  const double g = opened(h.common, n.param, grad);
+  n.states[0] = h.alpha * n.states[0] + (1 - h.alpha) * g * g;
+  double variance = n.states[0];
+  int next = 1;
+  if (kVariant & rules::rmsprop::kCentered) {
+    n.states[1] = h.alpha * n.states[1] + (1 - h.alpha) * g;
+    variance -= n.states[1] * n.states[1];
+    next = 2;
+  }
+  double quotient = g / (std::sqrt(variance) + h.eps);
+  if (kVariant & rules::rmsprop::kMomentum) {
+    quotient = n.states[next] = h.momentum * n.states[next] + quotient;
+  }
+  n.param -= h.common.lr * quotient;
+}
+
+template <int kVariant>
+void formula(const rules::adagrad::Hyper& h, int step, double grad, Numbers& n) {
+  const double g = opened(h.common, n.param, grad);
+  n.states[0] += g * g;
+  n.param -= h.common.lr / (1 + (step - 1) * h.lr_decay) * g / (std::sqrt(n.states[0]) + h.eps);
+}
+
+template <int kVariant>
+void formula(const rules::adadelta::Hyper& h, int, double grad, Numbers& n) {
+  const double g = opened(h.common, n.param, grad);
+  n.states[0] = h.rho * n.states[0] + (1 - h.rho) * g * g;
+  const double delta = std::sqrt(n.states[1] + h.eps) / std::sqrt(n.states[0] + h.eps) * g;
+  n.states[1] = h.rho * n.states[1] + (1 - h.rho) * delta * delta;
+  n.param -= h.common.lr * delta;
+}
+
+// What follows lr, weight_decay, decoupled and maximize; none of it a value that hides a mistake.
+template <typename Rule>
+typename Rule::Hyper make_hyper(double weight_decay, bool decoupled, bool maximize) {
+  constexpr double kRest[] = {0.75, 0.625, 0.375, 0.125};
+  double values[kMaxHyper] = {0.25, weight_decay, decoupled ? 1.0 : 0.0, maximize ? 1.0 : 0.0};
+  for (size_t i = 4; i < Rule::kHyperNames.size(); ++i) {
+    values[i] = kRest[i - 4];
+    if (std::string("nesterov") == Rule::kHyperNames[i]) values[i] = maximize ? 1.0 : 0.0;
+  }
+  typename Rule::Hyper hyper;
+  std::memcpy(&hyper, values, sizeof(hyper));
+  return hyper;
+}
+
+template <typename Rule, int kVariant, typename T>
+void test_rule(const char* name) {
+  constexpr int kUsed = rules::count_states<Rule>(kVariant);
+  const double tolerance = sizeof(T) == 4 ? 2e-6 : 4e-15;
+  for (const double weight_decay : {0.0, 0.5}) {
+    for (int flags = 0; flags < 4; ++flags) {
+      const auto hyper = make_hyper<Rule>(weight_decay, flags & 1, flags & 2);
+      Numbers right{1.5, {}};
+      T param = T(1.5), state[std::max(1, kUsed)] = {};
+      int step = 0;
+      for (const double grad : {0.5, -2.0, 0.0, 0.25}) {
+        ++step;
+        formula<kVariant>(hyper, step, grad, right);
+        Rule::template update<kVariant>(typename Rule::template Constants<T>(hyper, step), param,
+                                        T(grad), state);
+        CHECK(std::fabs(param - right.param) <= tolerance * (1 + std::fabs(right.param)),
+              "%s variant %d flags %d step %d: param %.9g, expected %.9g", name, kVariant, flags,
+              step, double(param), right.param);
+        for (int k = 0; k < kUsed; ++k) {
+          CHECK(
+              std::fabs(state[k] - right.states[k]) <= tolerance * (1 + std::fabs(right.states[k])),
+              "%s variant %d flags %d step %d: state %d is %.9g, expected %.9g", name, kVariant,
+              flags, step, k, double(state[k]), right.states[k]);
+        }
+      }
+    }
+  }
+}
+
+template <typename Rule, int kVariant = 0>
+void test_variants(const char* name) {
+  test_rule<Rule, kVariant, float>(name);
+  test_rule<Rule, kVariant, double>(name);
+  if constexpr (kVariant + 1 < Rule::kVariants) test_variants<Rule, kVariant + 1>(name);
+}
+
+}  // namespace
+}  // namespace fusedopt
+
+int main() {
+  using namespace fusedopt;
+  test_conversions<Float16>(kHalf);
+  test_conversions<BFloat16>(kBrain);
+  test_helpers();
+#define FUSEDOPT_RULE(rule) test_variants<rules::rule>(#rule);
+#include "rules_list.inc"
+#undef FUSEDOPT_RULE
+  return report();
+}

@@ -1,0 +1,371 @@
+"""The one table of optimizers that drives every test, and the helpers that the tests share.
+
+Adding an optimizer to the tests is one `Entry` in `TABLE`. Plain torch (`make_stock`)
+says what is right, plain torch on float64 copies (`oracle`) says how wrong it may be.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compare import assert_accurate as assert_accurate
+from compare import assert_close as assert_close
+from compare import assert_same_bits as assert_same_bits
+from compare import same_bits as same_bits
+from torch import Tensor
+
+import fusedopt
+from fusedopt import backends as library_backends
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: Shapes that between them have vector bodies, tails, several dimensions, one element and none.
+SHAPES = ((37,), (4, 5), (2, 3, 2, 2), (), (0,), (1, 17), (3, 0, 2))
+#: How a tensor may lie in memory; see `lay_out`.
+LAYOUTS = ("contiguous", "misaligned", "transposed", "channels_last", "every_second")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer.
+
+    Attributes:
+        name: Of torch's class and of ours.
+        states: Names in `optimizer.state[parameter]`, apart from `step`, that some variant has.
+        variants: Keyword arguments worth testing, by a name for the test report.
+        has_step: Whether the state has torch's `step`.
+        sparse: Whether torch takes sparse gradients.
+    """
+
+    name: str
+    states: tuple[str, ...]
+    variants: dict[str, dict[str, Any]]
+    has_step: bool = True
+    sparse: bool = False
+
+    @property
+    def stock(self) -> type[torch.optim.Optimizer]:
+        """Torch's class."""
+        return getattr(torch.optim, self.name)
+
+    @property
+    def fused(self) -> type[torch.optim.Optimizer]:
+        """Our class."""
+        return getattr(fusedopt, self.name)
+
+
+_DECAYS = {
+    "weight_decay": {"weight_decay": 0.1},
+    "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "maximize": {"maximize": True, "weight_decay": 0.01},
+}
+_ADAM = {
+    "amsgrad": {"amsgrad": True},
+    "betas": {"betas": (0.3, 0.7), "eps": 1e-3},
+    "amsgrad_decay": {"amsgrad": True, "weight_decay": 0.1, "lr": 0.1},
+}
+
+TABLE = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "Adam",
+            ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+            {"plain": {"lr": 1e-2}, **_ADAM, **_DECAYS},
+        ),
+        Entry(
+            "AdamW",
+            ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+            {
+                "plain": {"lr": 1e-2},
+                **_ADAM,
+                "no_decay": {"weight_decay": 0.0},
+                "maximize": {"maximize": True, "lr": 0.05},
+            },
+        ),
+        Entry(
+            "SGD",
+            ("momentum_buffer",),
+            {
+                "plain": {"lr": 1e-2},
+                "momentum": {"lr": 1e-2, "momentum": 0.9},
+                "dampening": {"lr": 1e-2, "momentum": 0.9, "dampening": 0.5},
+                "nesterov": {"lr": 1e-2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.05},
+                **_DECAYS,
+                "momentum_decoupled": {"momentum": 0.9, **_DECAYS["decoupled"]},
+            },
+            has_step=False,
+            sparse=True,
+        ),
+        Entry(
+            "RMSprop",
+            ("square_avg", "momentum_buffer", "grad_avg"),
+            {
+                "plain": {"lr": 1e-2},
+                "momentum": {"momentum": 0.9},
+                "centered": {"centered": True, "eps": 1e-3},
+                "all": {
+                    "centered": True,
+                    "momentum": 0.5,
+                    "weight_decay": 0.1,
+                    "alpha": 0.8,
+                    "eps": 1e-3,
+                },
+                **_DECAYS,
+            },
+        ),
+        Entry(
+            "Adagrad",
+            ("sum",),
+            {
+                "plain": {"lr": 1e-2},
+                "lr_decay": {"lr": 0.1, "lr_decay": 0.1},
+                "initial": {"initial_accumulator_value": 0.5, "eps": 1e-4},
+                **_DECAYS,
+            },
+            sparse=True,
+        ),
+        Entry(
+            "Adadelta",
+            ("square_avg", "acc_delta"),
+            {"plain": {"lr": 1.0}, "rho": {"rho": 0.5, "lr": 0.3, "eps": 1e-4}, **_DECAYS},
+        ),
+    )
+}
+
+NAMES = tuple(TABLE)
+#: (entry, keyword arguments), for `@pytest.mark.parametrize("entry, options", **CASES)`.
+CASES = {
+    "argvalues": [(e, options) for e in TABLE.values() for options in e.variants.values()],
+    "ids": [f"{e.name}-{variant}" for e in TABLE.values() for variant in e.variants],
+}
+#: The same for one argument called `entry`.
+ENTRIES = {"argvalues": list(TABLE.values()), "ids": list(TABLE)}
+
+
+def richest(entry: Entry) -> dict[str, Any]:
+    """Returns the variant with the most state, the one to try when only one is tried."""
+    names = {"SGD": "momentum", "RMSprop": "all", "Adam": "amsgrad", "AdamW": "amsgrad"}
+    return entry.variants[names.get(entry.name, "plain")]
+
+
+def _triton_interprets() -> bool:
+    return (
+        os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+    )
+
+
+@functools.cache
+def backends() -> tuple[str, ...]:
+    """Returns the backends that work in this process, for parametrisation."""
+    native = [name for name in ("cpu", "cuda") if _works(name)]
+    if _triton_interprets() or (torch.cuda.is_available() and _works("triton")):
+        native.append("triton")
+    return ("torch", *native)
+
+
+def _works(name: str) -> bool:
+    if importlib.util.find_spec(f"fusedopt.backends.{name}") is None:
+        return False
+    return library_backends.load(name).unavailable() is None
+
+
+def native_backends() -> tuple[str, ...]:
+    """Returns the backends with kernels of their own that work in this process."""
+    return tuple(name for name in backends() if name != "torch")
+
+
+def device_of(backend: str) -> str:
+    """Returns where the parameters of a test of `backend` live."""
+    if backend == "cuda" or (backend == "triton" and not _triton_interprets()):
+        return "cuda"
+    return "cpu"
+
+
+def random(
+    shape: Sequence[int],
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    scale: float = 1.0,
+) -> Tensor:
+    """Returns normally distributed numbers: the same for the same seed, on every device."""
+    return (_normal(tuple(shape), seed) * scale).to(device=device, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=2000)
+def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """Returns a copy of `values` that lies in memory as `layout` says.
+
+    "misaligned" starts one element past an aligned address, "every_second" is a view
+    with gaps. A layout that a tensor of this many dimensions cannot have gives "contiguous".
+    """
+    shape = values.shape
+    if layout == "misaligned":
+        place = values.new_empty(values.numel() + 1)[1:].view(shape)
+    elif layout == "every_second":
+        place = values.new_empty((*shape, 2))[..., 0]
+    elif layout == "transposed":
+        place = values.new_empty(shape[::-1]).permute(*reversed(range(values.dim())))
+    elif layout == "channels_last" and values.dim() == 4:
+        place = torch.empty_like(values, memory_format=torch.channels_last)
+    elif layout in LAYOUTS:
+        place = torch.empty_like(values, memory_format=torch.contiguous_format)
+    else:
+        raise ValueError(f"layout is {layout!r}; expected one of {LAYOUTS}")
+    return place.copy_(values)
+
+
+def make_params(
+    shapes: Iterable[Sequence[int]] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    seed: int = 0,
+) -> list[torch.nn.Parameter]:
+    """Returns one parameter for every shape."""
+    return [
+        torch.nn.Parameter(lay_out(random(shape, seed + i, dtype, device), layout))
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def copies(params: Iterable[Tensor], dtype: torch.dtype | None = None) -> list[torch.nn.Parameter]:
+    """Returns parameters of their own memory with the same values, shapes and layouts."""
+    made = []
+    for param in params:
+        copy = torch.empty_strided(
+            param.shape, param.stride(), dtype=dtype or param.dtype, device=param.device
+        )
+        made.append(torch.nn.Parameter(copy.copy_(param.detach())))
+    return made
+
+
+def set_grads(
+    params: Iterable[Tensor],
+    seed: int,
+    dtype: torch.dtype | None = None,
+    layout: str | None = None,
+    scale: float = 1.0,
+) -> None:
+    """Gives every parameter a gradient: the same numbers for the same seed, rounded.
+
+    Args:
+        params: Where to set `.grad`.
+        seed: Another one for every step.
+        dtype: Of the gradients; None for the parameters' own.
+        layout: See `lay_out`; None for the parameter's own strides where it is dense.
+        scale: Standard deviation.
+    """
+    for i, param in enumerate(params):
+        kind = dtype or param.dtype
+        grad = random(param.shape, 1000 * seed + i, kind, str(param.device), scale)
+        if layout is None:
+            grad = torch.empty_like(param, dtype=kind).copy_(grad)
+        else:
+            grad = lay_out(grad, layout)
+        if kind != param.dtype and hasattr(param, "grad_dtype"):
+            param.grad_dtype = kind
+        param.grad = grad
+
+
+def make_stock(entry: Entry, params: Any, **options: Any) -> torch.optim.Optimizer:
+    """Returns torch's plain optimizer, with our decoupled decay where torch has none."""
+    options = {"foreach": False, **options}
+    if not options.get("decoupled_weight_decay") or entry.name in ("Adam", "AdamW"):
+        return entry.stock(params, **options)
+    del options["decoupled_weight_decay"]
+    decay = options.pop("weight_decay")
+    optimizer = entry.stock(params, **options)
+
+    def shrink(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        param.mul_(1 - group["lr"] * decay)
+
+    optimizer.register_step_pre_hook(shrink)
+    return optimizer
+
+
+def make_fused(entry: Entry, params: Any, backend: str, **options: Any) -> torch.optim.Optimizer:
+    """Returns our optimizer on a backend."""
+    return entry.fused(params, backend=backend, **options)
+
+
+def states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """Returns the state tensors of every parameter, in the order of the groups."""
+    result = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            entries = dict(optimizer.state.get(param, {}))
+            if "step" in entries:
+                entries["step"] = torch.as_tensor(entries["step"], dtype=torch.float64).cpu()
+            result.append(
+                {name: entries[name] for name in sorted(entries) if entries[name] is not None}
+            )
+    return result
+
+
+@dataclass
+class Run:
+    """Parameters with the optimizer that trains them."""
+
+    params: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+    def steps(self, count: int, first: int = 1, **grad_options: Any) -> Run:
+        """Runs steps with the gradients of seeds first, first + 1 ...; returns itself."""
+        for seed in range(first, first + count):
+            set_grads(self.params, seed, **grad_options)
+            self.optimizer.step()
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns everything that training changes, by name."""
+        found = {f"param {i}": param.detach() for i, param in enumerate(self.params)}
+        for i, entries in enumerate(states(self.optimizer)):
+            found |= {f"{name} of param {i}": value for name, value in entries.items()}
+        return found
+
+
+def run_stock(entry: Entry, params: Sequence[Tensor], **options: Any) -> Run:
+    """Returns torch's plain optimizer over copies of `params`."""
+    own = copies(params)
+    return Run(own, make_stock(entry, own, **options))
+
+
+def run_fused(entry: Entry, params: Sequence[Tensor], backend: str, **options: Any) -> Run:
+    """Returns our optimizer over copies of `params`."""
+    own = copies(params)
+    return Run(own, make_fused(entry, own, backend, **options))
+
+
+def oracle(entry: Entry, like: Sequence[Tensor], **options: Any) -> Run:
+    """Returns torch's plain optimizer over float64 copies, to be stepped with `oracle_steps`."""
+    own = copies(like, torch.float64)
+    return Run(own, make_stock(entry, own, **options))
+
+
+def oracle_steps(
+    run: Run, like: Sequence[Tensor], count: int, first: int = 1, **grad_options: Any
+) -> Run:
+    """Steps an oracle with the gradients that `like` would get: rounded to their type, widened."""
+    shadows = copies(like)
+    for seed in range(first, first + count):
+        set_grads(shadows, seed, **grad_options)
+        for param, shadow in zip(run.params, shadows, strict=True):
+            param.grad = shadow.grad.double()
+        run.optimizer.step()
+    return run

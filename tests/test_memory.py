@@ -1,0 +1,169 @@
+"""A step keeps nothing alive and needs no memory that grows with the model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import resource
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from table import (
+    ENTRIES,
+    TABLE,
+    assert_close,
+    backends,
+    copies,
+    device_of,
+    make_fused,
+    make_params,
+    native_backends,
+    richest,
+    run_fused,
+    run_stock,
+    set_grads,
+)
+from torch.multiprocessing.reductions import StorageWeakRef
+
+OURS = pytest.mark.parametrize("entry", **ENTRIES)
+BACKENDS = pytest.mark.parametrize("backend", backends())
+MEGABYTE = 2**20
+
+
+@pytest.fixture
+def no_collector():
+    """Switches the garbage collector off: what a reference count frees must not wait for it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@OURS
+@BACKENDS
+@pytest.mark.usefixtures("no_collector")
+def test_zero_grad_frees_the_gradients(entry, backend):
+    """Nothing of ours holds a gradient between two steps."""
+    run = run_fused(
+        entry, make_params([(6, 4), (9,)], device=device_of(backend)), backend, **richest(entry)
+    )
+    for seed in (1, 2):
+        set_grads(run.params, seed)
+        storages = [StorageWeakRef(param.grad.untyped_storage()) for param in run.params]
+        objects = [weakref.ref(param.grad) for param in run.params]
+        run.optimizer.step()
+        assert not any(storage.expired() for storage in storages)
+        run.optimizer.zero_grad()
+        assert all(storage.expired() for storage in storages)
+        assert all(reference() is None for reference in objects)
+
+
+@OURS
+@BACKENDS
+@pytest.mark.usefixtures("no_collector")
+def test_optimizer_is_freed_with_its_last_reference(entry, backend):
+    """As torch's is: state is as large as the model and must not wait for the collector."""
+    # The first optimizer of a process imports modules, and frames of that stay for a while.
+    run_stock(entry, make_params()).steps(1)
+    gc.collect()
+    for make in (run_stock, lambda *args, **options: run_fused(*args, backend, **options)):
+        start = make_params([(6, 4)], device=device_of(backend))
+        run = make(entry, start, **richest(entry)).steps(2)
+        storages = [
+            StorageWeakRef(tensor.untyped_storage())
+            for name, tensor in run.tensors().items()
+            if not name.startswith("step")
+        ]
+        assert len(storages) >= 2
+        optimizer = weakref.ref(run.optimizer)
+        del run
+        assert optimizer() is None
+        assert all(storage.expired() for storage in storages)
+
+
+@contextlib.contextmanager
+def at_most(extra: int):
+    """Lets this process map only so many more bytes for a while."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/status").read_text()
+    size = int(status.split("VmSize:")[1].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (size + extra, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@OURS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.skipif("cpu" not in native_backends(), reason="no native extension")
+def test_no_memory_that_grows_with_the_model(entry, dtype):
+    """A step with every clip over a parameter of 40 MiB works where 4 MiB are to be had."""
+    # malloc maps blocks above 32 MiB anew each time, so a temporary cannot hide in freed memory.
+    count = 40 * MEGABYTE // dtype.itemsize
+    param = torch.nn.Parameter(torch.ones(count, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    clips = {"max_grad_norm": 1.0, "max_grad_norm_per_param": 1.0, "skip_nonfinite": True}
+    optimizer = make_fused(entry, [param], "cpu", **richest(entry), **clips)
+    optimizer.step()
+    gc.collect()
+    with at_most(4 * MEGABYTE):
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            param.detach() + 1
+
+
+@OURS
+@pytest.mark.parametrize("backend", native_backends())
+def test_step_allocates_no_tensors_per_parameter(entry, backend):
+    """What torch's allocator hands out in a step does not depend on the number of parameters."""
+    allocated = []
+    for count in (2, 40):
+        params = make_params([(64,)] * count, device=device_of(backend))
+        run = run_fused(entry, params, backend, max_grad_norm=1.0, **richest(entry)).steps(2)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            run.optimizer.step()
+        events = profile.key_averages()
+        allocated.append(sum(max(event.self_cpu_memory_usage, 0) for event in events))
+    assert allocated[0] == allocated[1]
+
+
+@BACKENDS
+def test_share_memory(backend):
+    """Adagrad's share_memory() moves the sums under the same tensors, and the step follows."""
+    entry = TABLE["Adagrad"]
+    if device_of(backend) != "cpu":
+        pytest.skip("for memory of the host")
+    start = make_params([(6, 4), (9,)])
+    runs = run_stock(entry, start), run_fused(entry, start, backend)
+    for run in runs:
+        run.steps(1)
+        run.optimizer.share_memory()
+        for param in run.params:
+            param.share_memory_()
+        run.steps(2, first=2)
+    for entries in runs[1].optimizer.state.values():
+        assert entries["sum"].is_shared()
+    assert_close(runs[1].tensors(), runs[0].tensors())
+
+
+@OURS
+@BACKENDS
+def test_counters_of_a_copy_are_its_own(entry, backend):
+    """Counters live in one buffer; a copied optimizer or checkpoint has another."""
+    start = make_params([(6, 4), (9,)], device=device_of(backend))
+    run = run_fused(entry, start, backend).steps(1)
+    checkpoint = copy.deepcopy(run.optimizer.state_dict())
+    twin = run_fused(entry, copies(start), backend)
+    twin.optimizer.load_state_dict(copy.deepcopy(checkpoint))
+    run.steps(3, first=2)
+    for entries in checkpoint["state"].values():
+        assert entries.get("step", 1) == 1
+    if entry.has_step:
+        assert all(entries["step"] == 4 for entries in run.optimizer.state.values())
+    twin.steps(1)
+    if entry.has_step:
+        assert all(entries["step"] == 2 for entries in twin.optimizer.state.values())

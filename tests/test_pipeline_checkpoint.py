@@ -1,0 +1,158 @@
+"""Clips, skips and checkpoints together.
+
+Settings survive, and training goes on in the middle in ours and in stock torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import table
+import torch
+from separate_passes import Trio, make_grads
+
+CLIPS = {"max_grad_value": 0.6, "max_grad_norm_per_param": 0.8}
+EXTRAS = {"max_grad_norm": 0.7, "skip_nonfinite": True}
+
+
+def through_a_file(value):
+    """Returns what torch.load makes of what torch.save wrote."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+def step(trio: Trio, seed: int) -> None:
+    """Steps with a late gradient, and inf at every third seed."""
+    poison = math.inf if seed % 3 == 0 else None
+    trio.step(make_grads(trio.ours.params, seed, 4.0, [1] if seed < 2 else [], poison), 4.0)
+
+
+@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("at", range(5))
+def test_resume_in_the_middle(entry, backend, at):
+    """Ours into ours after any step: the same bits as without the interruption.
+
+    Torch's separate passes agree.
+    """
+    params = table.make_params(device=table.device_of(backend))
+    trio = Trio(entry, backend, params, [CLIPS, {}], table.richest(entry), **EXTRAS)
+    straight = Trio(entry, backend, params, [CLIPS, {}], table.richest(entry), **EXTRAS)
+    for seed in range(6):
+        step(straight, seed)
+    for seed in range(6):
+        if seed == at:
+            saved = through_a_file(trio.ours.optimizer.state_dict())
+            own = table.copies(trio.ours.params)
+            groups = [{"params": own[i::2]} for i in range(2)]
+            fresh = table.make_fused(entry, groups, backend, lr=77.0, **EXTRAS)
+            fresh.load_state_dict(saved)
+            trio.ours = table.Run(own, fresh)
+        step(trio, seed)
+    trio.check()
+    table.assert_same_bits(trio.ours.tensors(), straight.ours.tensors())
+
+
+@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("at", (1, 3, 4))
+def test_stock_checkpoint_into_ours_keeps_the_clips(entry, backend, at):
+    """A torch checkpoint knows nothing of our keys.
+
+    Each live group keeps its own, and the optimizer its settings.
+    """
+    params = table.make_params(device=table.device_of(backend))
+    trio = Trio(entry, backend, params, [CLIPS, {}], table.richest(entry), **EXTRAS)
+    for seed in range(at):
+        step(trio, seed)
+    saved = trio.stock.optimizer.state_dict()
+    for group in saved["param_groups"]:
+        for name in CLIPS:
+            group.pop(name, None)
+    optimizer = trio.ours.optimizer
+    optimizer.load_state_dict(through_a_file(saved))
+    with torch.no_grad():
+        for own, stock in zip(trio.ours.params, trio.stock.params, strict=True):
+            own.copy_(stock)
+    assert optimizer.max_grad_norm == EXTRAS["max_grad_norm"]
+    assert optimizer.skip_nonfinite is True
+    for name, value in CLIPS.items():
+        assert [group[name] for group in optimizer.param_groups] == [value, None]
+    for seed in range(at, 6):
+        step(trio, seed)
+    trio.check()
+
+
+@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("at", (1, 2, 4))
+def test_our_checkpoint_into_stock(entry, backend, at):
+    """Stock torch takes it as its own and goes on with separate passes.
+
+    Also right after a skipped step.
+    """
+    params = table.make_params(device=table.device_of(backend))
+    trio = Trio(entry, backend, params, [CLIPS, {}], table.richest(entry), **EXTRAS)
+    for seed in range(at):
+        step(trio, seed)
+    saved = through_a_file(trio.ours.optimizer.state_dict())
+    trio.stock.optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        for own, stock in zip(trio.ours.params, trio.stock.params, strict=True):
+            stock.copy_(own)
+    for seed in range(at, 6):
+        step(trio, seed)
+    ours, stock = trio.ours.tensors(), trio.stock.tensors()
+    table.assert_close({name: ours[name] for name in stock}, stock, 8.0)
+
+
+def test_a_checkpoint_with_our_keys_sets_them():
+    """Group keys travel in checkpoints; settings of the whole optimizer never do."""
+    params = table.make_params(((3,),))
+    entry = table.TABLE["Adam"]
+    saved = table.make_fused(entry, params, "auto", **CLIPS, **EXTRAS).state_dict()
+    assert not {"max_grad_norm", "skip_nonfinite", "backend"} & set(saved["param_groups"][0])
+    loaded = table.make_fused(entry, params, "auto", max_grad_value=9.0, max_grad_norm=3.0)
+    loaded.load_state_dict(saved)
+    assert {name: loaded.param_groups[0][name] for name in CLIPS} == CLIPS
+    assert loaded.max_grad_norm == 3.0
+    assert loaded.skip_nonfinite is False
+    for group in saved["param_groups"]:
+        group.update(max_grad_norm=5.0, skip_nonfinite=True, backend="torch")
+    loaded.load_state_dict(saved)
+    assert loaded.max_grad_norm == 3.0
+    assert loaded.skip_nonfinite is False
+    assert loaded.backend == "auto"
+
+
+@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("clone", (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))))
+def test_copies_keep_settings_and_the_amp_flag(entry, backend, clone):
+    """Deepcopy and pickle, before, after and between skipped steps.
+
+    They go on with the same bits.
+    """
+    params = table.make_params(device=table.device_of(backend))
+    run = table.run_fused(entry, params, backend, **CLIPS, **EXTRAS, **table.richest(entry))
+    for seed in range(5):
+        optimizer = clone(run.optimizer)
+        twin = table.Run([p for g in optimizer.param_groups for p in g["params"]], optimizer)
+        assert optimizer._step_supports_amp_scaling
+        assert {name: getattr(optimizer, name) for name in EXTRAS} == EXTRAS
+        assert {name: optimizer.param_groups[0][name] for name in CLIPS} == CLIPS
+        assert optimizer.backend == backend
+        grads = make_grads(params, seed, poison=math.nan if seed in (0, 3) else None)
+        for one in (run, twin):
+            for param, grad in zip(one.params, grads, strict=True):
+                param.grad = grad.clone()
+            one.optimizer.step()
+        table.assert_same_bits(twin.tensors(), run.tensors())
+        assert table.same_bits(optimizer.last_grad_norm, run.optimizer.last_grad_norm)
+        assert bool(optimizer.last_step_skipped) == (seed in (0, 3))
