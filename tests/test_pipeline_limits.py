@@ -90,8 +90,8 @@ def test_settings_of_the_whole_optimizer_are_refused_in_groups(name, value):
 def test_good_limits_are_kept_as_they_are(name, value):
     """Integers, tiny ones, infinity and None."""
     optimizer = table.TABLE["Adam"].fused(params(), **{name: value})
-    where = optimizer.param_groups[0] if name in PER_GROUP else vars(optimizer)
-    assert where[name] is value
+    group = optimizer.param_groups[0]
+    assert (group[name] if name in PER_GROUP else getattr(optimizer, name)) is value
     table.Run(optimizer.param_groups[0]["params"], optimizer).steps(1)
 
 
@@ -114,7 +114,7 @@ def test_a_limit_spoiled_later_is_refused_by_the_step(backend, name, value):
 @pytest.mark.parametrize("backend", table.backends())
 @pytest.mark.parametrize("value", (-1.0, 0.0, math.nan))
 def test_a_norm_limit_spoiled_later_does_not_pass_silently(backend, value):
-    """`optimizer.max_grad_norm` is a plain attribute.
+    """`optimizer.max_grad_norm` checks what is assigned to it.
 
     A senseless one must not mean "no clipping" or turn gradients around.
     """
