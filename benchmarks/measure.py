@@ -25,9 +25,11 @@ MIN_ROUNDS = 8
 MAX_ROUNDS = 101
 #: Below so many elements every step gets newly allocated gradients; above, two sets take turns.
 _FRESH_BELOW = 2**21
-#: A sample on a GPU is the mean of so many steps, so that the launch of one hides behind another.
-_GPU_SAMPLE_SECONDS = 0.02
-_GPU_REPETITIONS = (4, 50)
+#: A sample is the mean of as many steps in a row as fit into this time, between these bounds: a
+#: short step is not measured against what other implementations left in the caches, and on a GPU
+#: the launch of one hides behind another.
+_SAMPLE_SECONDS = 0.02
+_REPETITIONS = {"cpu": (1, 50), "cuda": (4, 50)}
 _HOST_SAMPLES = 21
 
 
@@ -92,7 +94,7 @@ class _Entrant:
     repetitions: int = 1
 
     def sample(self, grads: Gradients) -> float:
-        """Times one step, on a GPU the mean of several with a synchronisation at the end."""
+        """Times some steps in a row, on a GPU with a synchronisation at the end: their mean."""
         if grads.need_restoring and self.repetitions == 1:
             grads.restore()
         elif grads.need_restoring:
@@ -181,9 +183,8 @@ def _enter(
     error = reference.check(runner)
     usual = min(seconds[1:])
     entrant = _Entrant(runner, Measurement())
-    if case.device == "cuda":
-        low, high = _GPU_REPETITIONS
-        entrant.repetitions = min(high, max(low, round(_GPU_SAMPLE_SECONDS / usual)))
+    low, high = _REPETITIONS[case.device]
+    entrant.repetitions = min(high, max(low, round(_SAMPLE_SECONDS / usual)))
     entrant.measurement.extra_info = {"seconds_of_one": usual, "error_of_allowed": error}
     if implementation.compiles:
         entrant.measurement.extra_info["compile_seconds"] = sum(seconds) - STEPS * usual

@@ -8,7 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _get_capturable_supported_devices
+from torch.optim.optimizer import (
+    _get_capturable_supported_devices,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from . import backends
 from ._control import NONFINITE, NORM, SKIP, check_limit
@@ -203,6 +207,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: For a gradient whose shape, device or type does not fit its parameter.
                 Nothing has been changed then.
         """
+        watched = self._step_is_watched() and type(self).step is FusedOptimizer.step
+        step = _watched_step if watched else FusedOptimizer._unwatched_step
+        return step(self) if closure is None else step(self, closure)
+
+    # torch wraps a step without this mark on first use. Its wrapper costs more than the step of a
+    # small model, also when there are no hooks and no profiler runs.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step_is_watched(self) -> bool:
+        """Whether hooks or a profiler wait for the step."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd.profiler._is_profiler_enabled
+        )
+
+    def _unwatched_step(self, closure: Callable[[], Any] | None = None) -> Any:
         if "capturable" in self.defaults:
             self._accelerator_graph_capture_health_check()
         loss = None
@@ -354,6 +377,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._pipeline = Pipeline(self)
         for name, value in settings.items():
             setattr(self, name, value)
+
+
+# torch's own wrapper: hooks, in their order, and the profiler's label.
+_watched_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(
+    FusedOptimizer._unwatched_step
+)
 
 
 def _torch_class(cls: type) -> type:

@@ -29,6 +29,8 @@ class Pipeline:
         # Weak, or a cycle would keep parameters and state alive until the collector runs.
         self._reference = weakref.ref(optimizer)
         self._plans: dict[torch.device, Any] | None = None
+        # The plan of all parameters, where there is just one.
+        self._only_plan: Any = None
         # A graph may have captured a plan that is gone, and writes to its control tensor.
         self._captured: list[Tensor] = []
         self._torch_params: list[Tensor] = []
@@ -52,11 +54,19 @@ class Pipeline:
         for device, plan in (self._plans or {}).items():
             if device.type != "cpu":
                 self._captured.append(plan.control)
-        self._plans = None
+        self._plans = self._only_plan = None
 
     def step(self, skip_nonfinite: bool) -> None:
         """Runs one step; raises before anything is changed when something does not fit."""
         optimizer = self._optimizer
+        plan = self._only_plan
+        if plan is not None:
+            attention = plan.begin(optimizer.param_groups, optimizer.state)
+            if attention is None:
+                self._step_alone(plan, skip_nonfinite)
+                return
+            if attention[0]:
+                self.reset()
         plans, foreign = self._validate()
         if self._sharded is not None and self._reduces(skip_nonfinite):
             raise NotImplementedError(
@@ -65,14 +75,19 @@ class Pipeline:
                 " unset and clip with torch.nn.utils.clip_grad_norm_ (DTensor) or"
                 " FSDP.clip_grad_norm_ before the step"
             )
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        found_inf = getattr(optimizer, "found_inf", None)
         if len(plans) == 1 and not foreign:
             (plan,) = plans.values()
-            plan.step(grad_scale, found_inf, optimizer.max_grad_norm, skip_nonfinite)
-            self.control = plan.control
+            self._step_alone(plan, skip_nonfinite)
         else:
-            self._step_together(plans, foreign, grad_scale, found_inf, skip_nonfinite)
+            self._step_together(plans, foreign, skip_nonfinite)
+
+    def _step_alone(self, plan: Any, skip_nonfinite: bool) -> None:
+        """Runs a step that one plan does alone."""
+        optimizer = self._optimizer
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        found_inf = getattr(optimizer, "found_inf", None)
+        plan.step(grad_scale, found_inf, optimizer.max_grad_norm, skip_nonfinite)
+        self.control = plan.control
 
     def _reduces(self, skip_nonfinite: bool) -> bool:
         """Whether a step needs to know all gradients before the first update."""
@@ -114,6 +129,8 @@ class Pipeline:
                 " from another thread, and keep tensors under torch's names in optimizer.state"
             )
         assert self._plans is not None
+        if len(self._plans) == 1 and not self._torch_params:
+            (self._only_plan,) = self._plans.values()
         foreign += [param for param in self._torch_params if param.grad is not None]
         foreign.sort(key=lambda param: self._order[param])
         for param in foreign:
@@ -248,12 +265,12 @@ class Pipeline:
         self,
         plans: dict[torch.device, Any],
         foreign: list[Tensor],
-        grad_scale: Any,
-        found_inf: Any,
         skip_nonfinite: bool,
     ) -> None:
         """Runs a step over several plans or with torch's rules, under one norm and skip flag."""
         optimizer = self._optimizer
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        found_inf = getattr(optimizer, "found_inf", None)
         limit = optimizer.max_grad_norm
         places = [*plans, *(param.device for param in foreign if param.device.type != "meta")]
         home = places[0] if places else torch.device("cpu")

@@ -90,6 +90,27 @@ def test_hooks_fire_once(entry, backend, stock_alive):
 
 @OURS
 @BACKENDS
+def test_hooks_fire_once_around_an_overridden_step(entry, backend):
+    """A subclass whose step calls ours is hooked on the outside only, as every step is."""
+    fired = []
+    params = make_params(SHAPES, device=device_of(backend))
+
+    class Counting(type(make_fused(entry, params, backend))):
+        def step(self, closure=None):
+            fired.append("begin")
+            super().step(closure)
+            fired.append("end")
+
+    optimizer = Counting(params, backend=backend)
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: fired.append("pre"))
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: fired.append("post"))
+    set_grads(params, 0)
+    optimizer.step()
+    assert fired == ["pre", "begin", "end", "post"]
+
+
+@OURS
+@BACKENDS
 def test_pre_hook_may_change_the_arguments_and_the_gradients(entry, backend):
     """It returns new (args, kwargs), as torch allows."""
     start = make_params(SHAPES, device=device_of(backend))

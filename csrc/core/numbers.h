@@ -76,7 +76,7 @@ FUSEDOPT_NUMBERS_HD float widen(Float16 x) {
 FUSEDOPT_NUMBERS_HD BFloat16 narrow_bfloat16(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const bool nan = x != x;
   return BFloat16{static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded)};
 }
 

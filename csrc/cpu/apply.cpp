@@ -2,9 +2,11 @@
 // parameter, gradient and state once, writes parameter and state once.
 #include <algorithm>
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #include "core/control.h"
+#include "cpu/convert.h"
 #include "cpu/kernels.h"
 #include "cpu/operand.h"
 #include FUSEDOPT_RULE_HEADER
@@ -17,45 +19,88 @@ using Rule = rules::FUSEDOPT_RULE;
 
 constexpr int array_length(int variant) { return std::max(1, rules::count_states<Rule>(variant)); }
 
-template <int kVariant, bool kTransform, typename T>
+// S: how the operands lie in memory; T: what the rule computes in.
+template <int kVariant, bool kTransform, typename T, typename S>
 void update_block(const typename Rule::template Constants<T>& constants,
-                  const GradTransform<T>& transform, T* param, const T* grad,
-                  const std::array<T*, kMaxStates>& states, int count) {
+                  const GradTransform<T>& transform, S* param, const S* grad,
+                  const std::array<S*, kMaxStates>& states, int count) {
   constexpr int kStates = array_length(kVariant);
   constexpr int kUsed = rules::count_states<Rule>(kVariant);
   const auto c = constants;
   const auto t = transform;
-  T* const memory[] = {states[0], states[1], states[2], states[3]};
+  S* const memory[] = {states[0], states[1], states[2], states[3]};
 #pragma GCC ivdep
   for (int i = 0; i < count; ++i) {
     T state[kStates] = {};
-    for (int k = 0; k < kUsed; ++k) state[k] = memory[k][i];
-    T value = param[i];
-    T g = grad[i];
+    for (int k = 0; k < kUsed; ++k) state[k] = load_as<T>(memory[k][i]);
+    T value = load_as<T>(param[i]);
+    T g = load_as<T>(grad[i]);
     if constexpr (kTransform) g = t(g);
     Rule::template update<kVariant>(c, value, g, state);
-    param[i] = value;
-    for (int k = 0; k < kUsed; ++k) memory[k][i] = state[k];
+    store_as(param[i], value);
+    for (int k = 0; k < kUsed; ++k) store_as(memory[k][i], state[k]);
   }
 }
 
+// Whether every operand of a row lies densely in one order and is of one type.
+template <int kVariant>
+bool is_uniform(const TensorRow& row, DType type) {
+  bool uniform = row.layout == nullptr && row.param_type == type && row.grad_type == type;
+  for (int k = 0; k < rules::count_states<Rule>(kVariant); ++k) {
+    uniform &= row.state_type[k] == type;
+  }
+  return uniform;
+}
+
+// A piece of a row whose operands are all arrays of S.
+template <int kVariant, bool kTransform, typename S, typename T>
+void update_uniform(const typename Rule::template Constants<T>& constants,
+                    const GradTransform<T>& transform, const TensorRow& row, const Piece& piece) {
+  constexpr int kUsed = rules::count_states<Rule>(kVariant);
+  S* const param = static_cast<S*>(row.param) + piece.begin;
+  const S* const grad = static_cast<const S*>(row.grad) + piece.begin;
+  std::array<S*, kMaxStates> states{};
+  for (int k = 0; k < kUsed; ++k) states[k] = static_cast<S*>(row.state[k]) + piece.begin;
+  if constexpr (!std::is_same_v<S, Float16>) {
+    update_block<kVariant, kTransform>(constants, transform, param, grad, states, piece.length);
+  } else {
+    // g++ 12 does not vectorise the conversion of halves. Few at a time, so that the reads of all
+    // operands stay in flight together.
+    constexpr int kFew = 64;
+    T buffers[2 + array_length(kVariant)][kFew];
+    const std::array<T*, kMaxStates> staged = [&] {
+      std::array<T*, kMaxStates> of_states{};
+      for (int k = 0; k < kUsed; ++k) of_states[k] = buffers[2 + k];
+      return of_states;
+    }();
+    for (int at = 0; at < piece.length; at += kFew) {
+      const int count = std::min(kFew, piece.length - at);
+      widen_run(param + at, count, buffers[0]);
+      widen_run(grad + at, count, buffers[1]);
+      for (int k = 0; k < kUsed; ++k) widen_run(states[k] + at, count, staged[k]);
+      update_block<kVariant, kTransform>(constants, transform, buffers[0], buffers[1], staged,
+                                         count);
+      narrow_run(buffers[0], count, param + at);
+      for (int k = 0; k < kUsed; ++k) narrow_run(staged[k], count, states[k] + at);
+    }
+  }
+}
+
+// A piece of any other row, through buffers of the compute type.
 template <int kVariant, bool kTransform, typename T>
-void update_piece(const typename Rule::template Constants<T>& constants,
-                  const GradTransform<T>& transform, const TensorRow& row, const Piece& piece) {
+void update_staged(const typename Rule::template Constants<T>& constants,
+                   const GradTransform<T>& transform, const TensorRow& row, const Piece& piece) {
   constexpr int kUsed = rules::count_states<Rule>(kVariant);
   const Operand<T> param{row.param, row.param_type, row.layout, 0};
   const Operand<T> grad = grad_operand<T>(row);
-  std::array<T*, kMaxStates> states{};
-  T buffers[2 + array_length(kVariant)][kBlock];
-  bool staged = !param.in_place() || !grad.in_place();
   const auto state = [&](int k) {
     return Operand<T>{row.state[k], row.state_type[k], row.layout, 2 + k};
   };
-  for (int k = 0; k < kUsed; ++k) staged |= !state(k).in_place();
-
+  std::array<T*, kMaxStates> states{};
+  T buffers[2 + array_length(kVariant)][kBlock];
   const int64_t end = piece.begin + piece.length;
   for (int64_t at = piece.begin; at < end;) {
-    const int count = block_length(staged, end - at);
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - at));
     T* const p = param.read(at, count, buffers[0]);
     const T* const g = grad.read(at, count, buffers[1]);
     for (int k = 0; k < kUsed; ++k) states[k] = state(k).read(at, count, buffers[2 + k]);
@@ -64,6 +109,23 @@ void update_piece(const typename Rule::template Constants<T>& constants,
     for (int k = 0; k < kUsed; ++k) state(k).write(at, count, states[k]);
     at += count;
   }
+}
+
+template <int kVariant, bool kTransform, typename T>
+void update_piece(const typename Rule::template Constants<T>& constants,
+                  const GradTransform<T>& transform, const TensorRow& row, const Piece& piece) {
+  if (is_uniform<kVariant>(row, Operand<T>::kOwnType)) {
+    return update_uniform<kVariant, kTransform, T>(constants, transform, row, piece);
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_uniform<kVariant>(row, DType::kBFloat16)) {
+      return update_uniform<kVariant, kTransform, BFloat16>(constants, transform, row, piece);
+    }
+    if (is_uniform<kVariant>(row, DType::kFloat16)) {
+      return update_uniform<kVariant, kTransform, Float16>(constants, transform, row, piece);
+    }
+  }
+  update_staged<kVariant, kTransform>(constants, transform, row, piece);
 }
 
 // Where run-time flags become template arguments.

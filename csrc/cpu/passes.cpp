@@ -14,17 +14,22 @@ namespace {
 
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kElementsPerThread = 8 * 1024;
-// Elements in a task: one large piece, or many small ones.
-constexpr int64_t kElementsPerTask = kPieceLength;
+// The elements of a task: enough tasks for the threads to finish together, but long runs of memory,
+// since a run's first pages are slow. Tasks of 16 pieces made the passes over 124 million elements
+// 2 to 3 % faster than tasks of one.
+constexpr int64_t kSmallestTask = kPieceLength;
+constexpr int64_t kLargestTask = 16 * kPieceLength;
+constexpr int64_t kTasks = 64;
 // What handling a piece costs, in elements.
 constexpr int64_t kPieceOverhead = 64;
 
 void for_each_task(const Job& job, int threads, PieceLoop loop) {
+  const int64_t count = job.task_count;
   threads = static_cast<int>(
-      std::min<int64_t>(threads, 1 + job.task_count * kElementsPerTask / kElementsPerThread / 2));
+      std::min<int64_t>(threads, 1 + count * kSmallestTask / kElementsPerThread / 2));
   if (threads == 1) return loop(job, 0, job.table.piece_count);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t task = 0; task < job.task_count; ++task) {
+  for (int64_t task = 0; task < count; ++task) {
     loop(job, job.tasks[task], job.tasks[task + 1]);
   }
 }
@@ -90,11 +95,14 @@ void apply(Job& job, size_t rule, int threads) {
 }
 
 std::vector<int64_t> cut_tasks(const std::vector<Piece>& pieces) {
+  int64_t total = 0;
+  for (const Piece& piece : pieces) total += piece.length + kPieceOverhead;
+  const int64_t enough = std::clamp(total / kTasks, kSmallestTask, kLargestTask);
   std::vector<int64_t> starts{0};
   int64_t work = 0;
   for (size_t i = 0; i < pieces.size(); ++i) {
     work += pieces[i].length + kPieceOverhead;
-    if (work >= kElementsPerTask) {
+    if (work >= enough) {
       starts.push_back(static_cast<int64_t>(i) + 1);
       work = 0;
     }

@@ -19,8 +19,8 @@
 namespace fusedopt {
 
 // What a step needs from Python before it can run. `rebuild`: the plan no longer describes the
-// optimizer. `missing`: parameters with a gradient and without state. `foreign`: parameters whose
-// gradient no kernel reads in this step (sparse); left out of it.
+// optimizer and is of no further use. `missing`: parameters with a gradient and without state.
+// `foreign`: parameters whose gradient no kernel reads in this step (sparse); left out of it.
 struct Attention {
   bool rebuild = false;
   py::list missing;
