@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from fusedopt import backends
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -111,6 +113,14 @@ def train(
     comparison = Comparison(name, runs, digits)
     bars.update(bar, note=f"loss {comparison.final_loss[OURS]:.4f}")
     return comparison
+
+
+def backend_text(choice: str, device: torch.device) -> str:
+    """Says which backend takes fusedopt's steps on a device."""
+    backend = backends.for_device(choice, device)
+    if backend is not None:
+        return f"its {backend.NAME} kernels"
+    return "torch's own rules, not with kernels of its own: it cannot be faster than torch"
 
 
 def tables(comparisons: list[Comparison]) -> list[Table]:
@@ -214,6 +224,7 @@ def main() -> int:
 
     digits = Digits(args.seed, device)
     console = Console(highlight=False)
+    console.print(f"fusedopt steps with {backend_text(args.backend, device)}")
     with progress_bars() as bars:
         comparisons = [train(name, args, digits, device, bars) for name in RECIPES]
     for table in tables(comparisons):

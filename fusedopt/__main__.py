@@ -10,7 +10,7 @@ import torch
 import fusedopt
 
 from . import backends
-from .backends import extension
+from .backends import extension, triton
 
 
 def _installed(name: str) -> str:
@@ -45,6 +45,8 @@ def main() -> None:
             f"  cpu kernels use {native.instruction_set()} (this CPU runs"
             f" {', '.join(native.instruction_sets())}), {torch.get_num_threads()} threads"
         )
+    if triton.unavailable() is None:
+        print(f"  triton steps are prepared by {triton.host_path()}")
 
     print("\nbackend='auto' means")
     for device in ("cuda", "cpu"):

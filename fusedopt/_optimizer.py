@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -294,8 +295,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _collect(self, group: dict[str, Any]) -> tuple[list[list[Any]], Any]:
         """Returns torch's lists for ``group`` (parameters, gradients, states) and its flags."""
         torch_class: Any = self
-        count = len(inspect.signature(torch_class._init_group).parameters) - 1
-        lists: list[list[Any]] = [[] for _ in range(count)]
+        lists: list[list[Any]] = [[] for _ in range(_list_count(torch_class.__class__))]
         return lists, torch_class._init_group(group, *lists)
 
     def _check_for_torch(self, group: dict[str, Any]) -> None:
@@ -388,6 +388,12 @@ _watched_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(
 def _torch_class(cls: type) -> type:
     """Returns torch's own class behind one of ours."""
     return next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
+
+
+@functools.cache
+def _list_count(cls: Any) -> int:
+    """Returns how many lists torch's `_init_group` fills, besides reading the group."""
+    return len(inspect.signature(cls._init_group).parameters) - 2
 
 
 def _joint_signature(cls: type) -> inspect.Signature:

@@ -298,7 +298,7 @@ class Pipeline:
     ) -> None:
         optimizer = self._optimizer
         plain = clip == 1.0 and all(transform.is_identity for transform in transforms.values())
-        if plain and (optimizer.backend == "torch" or self._listed_twice):
+        if plain and not self._plans:
             by_group = defaultdict(list)
             for param in foreign:
                 by_group[self._group_of[param]].append(param)

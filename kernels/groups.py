@@ -1,6 +1,6 @@
 """Param groups as the kernels read them: numbers and limits, read again every step.
 
-csrc/python/groups.cpp in Python, used by the plan.
+csrc/python/groups.cpp in Python, used by the Python books.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from fusedopt.kernels.identity import identities
 from torch import Tensor
 
 ParamGroups = Sequence[Mapping[str, Any]]
@@ -32,14 +33,6 @@ class GroupRow(NamedTuple):
     lr: tuple[int, torch.dtype] | None
 
 
-def same(now: Any, then: Sequence[Any]) -> bool:
-    """Whether two collections hold the same objects in the same order.
-
-    Comparing tensors by value would synchronise.
-    """
-    return len(now) == len(then) and all(map(is_, now, then))
-
-
 class Groups:
     """The groups of one optimizer, for one rule on one device.
 
@@ -49,7 +42,8 @@ class Groups:
 
     Raises:
         KeyError: a group lacks one of torch's keys.
-        ValueError: a limit is not above 0, or a learning rate on the device is not one number.
+        TypeError: a hyperparameter is no number.
+        ValueError: a hyperparameter is a tensor of several elements, or a limit is not above 0.
     """
 
     def __init__(self, rule: ModuleType, device: torch.device, param_groups: ParamGroups) -> None:
@@ -58,30 +52,31 @@ class Groups:
         names = dict.fromkeys(name.partition(".")[0] for name in (*rule.HYPER, *rule.VARIANTS))
         self._keys = (*names, "max_grad_value", "max_grad_norm_per_param")
         self._members = [tuple(group["params"]) for group in param_groups]
+        self._identities = list(map(identities, self._members))
         self._values = [self._read(group) for group in param_groups]
-        self.variants = [self._variant(group) for group in param_groups]
-        self.rows = [self._resolve(group) for group in param_groups]
+        self.variants = [self._variant(i, group) for i, group in enumerate(param_groups)]
+        self.rows = [self._resolve(i, group) for i, group in enumerate(param_groups)]
 
-    def refresh(self, param_groups: ParamGroups) -> list[int] | None:
-        """The groups whose rows have changed; None when parameters or variants are others."""
+    def refresh(self, param_groups: ParamGroups) -> bool | None:
+        """Whether any row has changed; None when parameters or variants are others."""
         if len(param_groups) != len(self._members):
             return None
-        changed = []
+        changed = False
         for index, group in enumerate(param_groups):
-            if not same(group["params"], self._members[index]):
+            if identities(tuple(group["params"])) != self._identities[index]:
                 return None
             values = self._read(group)
             # A tensor or a list may have been changed in place.
             mutable = any(isinstance(value, (Tensor, list)) for value in values)
-            if not mutable and same(values, self._values[index]):
+            if not mutable and all(map(is_, values, self._values[index])):
                 continue
-            if self._variant(group) != self.variants[index]:
+            if self._variant(index, group) != self.variants[index]:
                 return None
             self._values[index] = values
-            row = self._resolve(group)
+            row = self._resolve(index, group)
             if row != self.rows[index]:
                 self.rows[index] = row
-                changed.append(index)
+                changed = True
         return changed
 
     def name_of(self, param: Tensor) -> str:
@@ -95,43 +90,68 @@ class Groups:
     def _read(self, group: Mapping[str, Any]) -> list[Any]:
         return [group.get(key) for key in self._keys]
 
-    def _variant(self, group: Mapping[str, Any]) -> int:
-        return sum(1 << bit for bit, name in enumerate(self._rule.VARIANTS) if group[name])
+    def _variant(self, index: int, group: Mapping[str, Any]) -> int:
+        flags = (_number(index, group, name) != 0.0 for name in self._rule.VARIANTS)
+        return sum(1 << bit for bit, flag in enumerate(flags) if flag)
 
-    def _resolve(self, group: Mapping[str, Any]) -> GroupRow:
-        hyper = [_value_of(group, name) for name in self._rule.HYPER]
-        lr = self._lr_on_device(hyper[0])
+    def _resolve(self, index: int, group: Mapping[str, Any]) -> GroupRow:
+        lr = self._lr_on_device(group)
+        names = self._rule.HYPER if lr is None else self._rule.HYPER[1:]
+        hyper = [_number(index, group, name) for name in names]
         if lr is not None:
-            hyper[0] = 0.0
-        limits = (_limit(group, "max_grad_value"), _limit(group, "max_grad_norm_per_param"))
-        return GroupRow(tuple(map(float, hyper)), *limits, lr)
+            hyper.insert(0, 0.0)
+        return GroupRow(
+            tuple(hyper),
+            _limit(index, group, "max_grad_value"),
+            _limit(index, group, "max_grad_norm_per_param"),
+            lr,
+        )
 
-    def _lr_on_device(self, lr: Any) -> tuple[int, torch.dtype] | None:
-        on_device = isinstance(lr, Tensor) and lr.device == self._device
-        if not on_device or lr.device.type == "cpu":
+    def _lr_on_device(self, group: Mapping[str, Any]) -> tuple[int, torch.dtype] | None:
+        lr = group.get("lr")
+        if not isinstance(lr, Tensor) or lr.device != self._device or lr.device.type == "cpu":
             return None
-        if lr.numel() != 1 or lr.dtype not in _LR_TYPES:
-            raise ValueError(
-                f"'lr' of a param group is a tensor of {lr.numel()} elements of {lr.dtype}; "
-                "expected one floating-point element"
-            )
-        return lr.data_ptr(), lr.dtype
+        return (lr.data_ptr(), lr.dtype) if lr.numel() == 1 and lr.dtype in _LR_TYPES else None
 
 
-def _value_of(group: Mapping[str, Any], name: str) -> Any:
-    """The value that a name of a rule's HYPER stands for: a key, or an item of a key's tuple."""
+def _number(index: int, group: Mapping[str, Any], name: str) -> float:
+    """The number that a name of a rule stands for: a key, or an item of a key's sequence."""
     key, _, item = name.partition(".")
-    # Whoever replaced a group may know nothing of our key; torch's must all be there.
-    value = group.get(key, False) if key == "decoupled_weight_decay" else group[key]
-    return value[int(item)] if item else value
+    if key not in group:
+        # Whoever replaced a group may know nothing of our key; torch's must all be there.
+        if key == "decoupled_weight_decay":
+            return 0.0
+        raise KeyError(
+            f"param group {index} has no {key!r}; add groups with add_param_group, which fills in "
+            "the defaults"
+        )
+    value = group[key][int(item)] if item else group[key]
+    return _to_float(value, f"{key!r} of param group {index}")
 
 
-def _limit(group: Mapping[str, Any], key: str) -> float:
+def _limit(index: int, group: Mapping[str, Any], key: str) -> float:
     """A limit of a group; infinity where there is none."""
     value = group.get(key)
-    limit = math.inf if value is None else float(value)
+    if value is None:
+        return math.inf
+    what = f"{key!r} of param group {index}"
+    limit = _to_float(value, what)
     if not limit > 0.0:
-        raise ValueError(
-            f"{key!r} of a param group is {value}; expected a number above 0, or None for no limit"
-        )
+        raise ValueError(f"{what} is {limit:f}; expected a number above 0, or None for no limit")
     return limit
+
+
+def _to_float(value: Any, what: str) -> float:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{what} is a tensor of {value.numel()} elements; expected a number or a tensor of "
+                "one element"
+            )
+        return float(value.item())
+    try:
+        return math.ldexp(value, 0)  # float() would take text
+    except (TypeError, OverflowError):
+        raise TypeError(
+            f"{what} is {value!r}; expected a number or a tensor of one element"
+        ) from None

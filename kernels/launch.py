@@ -6,23 +6,24 @@ addresses and numbers; nothing here knows parameters, groups or state dicts.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import importlib
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 import triton.language as tl
 from fusedopt.kernels import table
 from fusedopt.kernels.apply import apply_kernel
-from fusedopt.kernels.groups import GroupRow
 from fusedopt.kernels.pieces import (
     BLOCK,
     EDGE,
     REDUCE_BLOCK,
     THREADS,
+    Launch,
     Row,
     describe,
     merge_for_reduce,
@@ -36,7 +37,6 @@ TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
-_LR_TYPE = {dtype: table.LR_TYPES.index(str(dtype).removeprefix("torch.")) for dtype in TYPES}
 
 _TENSOR_WORDS = table.TENSOR_WORDS.value
 _GROUP_WORDS = table.GROUP_WORDS.value
@@ -84,18 +84,31 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 class Tables:
     """One plan's rows, groups and gradients on the device, and the launches over them.
 
-    Rows are fixed; groups, settings and gradient pointers are set on the host and sent by
+    Rows are fixed; groups, gradient pointers and settings are set on the host and sent by
     ``upload``, all that changed in one copy. The copy's source is never written again, so it cannot
     race with a launch or a copy in flight.
+
+    Args:
+        rule: the rule's module.
+        device: where everything is.
+        rows: what the kernels go through.
+        group_count: how many groups the rows refer to.
+        control: the plan's control block, kept as long as the tables: captured graphs write to it.
     """
 
     def __init__(
-        self, rule: ModuleType, device: torch.device, rows: Sequence[Row], group_count: int
+        self,
+        rule: ModuleType,
+        device: torch.device,
+        rows: Sequence[Row],
+        group_count: int,
+        control: torch.Tensor,
     ) -> None:
         self._rule = rule
         self._device = device
         self._warps = _warps(device)
         self._row_count = len(rows)
+        self.control = control
         self.captured = capturing(device)
         self._staged: list[torch.Tensor] = []
         if self.captured:
@@ -104,8 +117,10 @@ class Tables:
         words, launches, piece_count = describe(
             rows, piece_length(sum(r.numel for r in rows), _processors(device))
         )
-        self._apply_launches = launches
-        self._reduce_launches = merge_for_reduce(launches)
+        self._apply_launches = [(each, self._apply_constants(each)) for each in launches]
+        self._reduce_launches = [
+            (each, self._reduce_constants(each)) for each in merge_for_reduce(launches)
+        ]
         layouts = [word for row in rows for word in row.layout]
         fixed = self._empty(len(words) + len(layouts), torch.int64)
         # Layouts stand behind the rows and pieces; only now is it known where.
@@ -118,25 +133,50 @@ class Tables:
         self._tensors = fixed
         self._pieces = fixed[len(rows) * _TENSOR_WORDS :]
 
-        self._host = torch.zeros(
-            _SETTINGS_WORDS + group_count * _GROUP_WORDS + len(rows), dtype=torch.int64
-        )
-        self._host_doubles = self._host.view(torch.float64)
-        self._host_doubles[table.MAX_GRAD_NORM.value] = math.inf
-        self._host_grads = self._host[_SETTINGS_WORDS + group_count * _GROUP_WORDS :]
-        self._grads_at = len(self._host) - len(rows)
-        self._changed = (0, len(self._host))
-        self._current = self._empty(len(self._host), torch.int64)
-        self._settings = self._current[:_SETTINGS_WORDS].view(torch.float64)
-        self._groups = self._current[_SETTINGS_WORDS:]
+        # Groups, gradients, settings: what changes between steps, in this order.
+        self._grads_at = group_count * _GROUP_WORDS
+        # At a multiple of 16 bytes: Triton compiles once more for a pointer that is not.
+        self._settings_at = self._grads_at + len(rows) + len(rows) % 2
+        count = self._settings_at + _SETTINGS_WORDS
+        self._words = array("q", bytes(8 * count))
+        self._host = torch.frombuffer(self._words, dtype=torch.int64)
+        self._limits = (math.inf, False)
+        self._write_limits()
+        self._changed = (0, count)
+        self._current = self._empty(count, torch.int64)
+        self._groups = self._current[: self._grads_at]
         self._grads = self._current[self._grads_at :]
+        self._settings = self._current[self._settings_at :].view(torch.float64)
 
-        self.control = self._zeros(5, torch.float64)
         self.sums = self._zeros(2, torch.float64)
         self._tickets = self._zeros(1 + len(rows), torch.int32)
         self._coefs = self._zeros(len(rows), torch.float64)
         self._piece_pairs = self._zeros(2 * piece_count, torch.float64)
         self._tensor_pairs = self._zeros(2 * len(rows), torch.float64)
+
+    def _apply_constants(self, launch: Launch) -> dict[str, Any]:
+        return {
+            "CONSTANTS": self._rule.constants,
+            "UPDATE": self._rule.update,
+            "HYPERS": len(self._rule.HYPER),
+            "VARIANT": launch.variant,
+            "TYPES": tuple(TYPES[dtype] for dtype in launch.types),
+            "T": TYPES[launch.compute_type],
+            "BLOCK": BLOCK,
+            "EDGE": EDGE,
+            "num_warps": self._warps,
+            "enable_fp_fusion": False,
+        }
+
+    def _reduce_constants(self, launch: Launch) -> dict[str, Any]:
+        return {
+            "TYPE": TYPES[launch.types[1]],
+            "T": TYPES[launch.compute_type],
+            "BLOCK": REDUCE_BLOCK,
+            "EDGE": EDGE,
+            "num_warps": self._warps,
+            "enable_fp_fusion": False,
+        }
 
     def _empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(count, dtype=dtype, device=self._device)
@@ -158,38 +198,35 @@ class Tables:
 
     def _mark(self, begin: int, end: int) -> None:
         first, last = self._changed
-        self._changed = (min(first, begin), max(last, end)) if last > first else (begin, end)
+        if first < last and begin < end:
+            begin, end = min(first, begin), max(last, end)
+        if begin < end:
+            self._changed = (begin, end)
 
-    def set_group(self, index: int, group: GroupRow) -> None:
-        """Writes one group's row."""
-        begin = _SETTINGS_WORDS + index * _GROUP_WORDS
-        row = self._host[begin : begin + _GROUP_WORDS]
-        doubles = row.view(torch.float64)
-        doubles[: len(group.hyper)] = torch.tensor(group.hyper, dtype=torch.float64)
-        doubles[table.MAX_GRAD_VALUE.value] = group.max_grad_value
-        doubles[table.MAX_GRAD_NORM_PER_PARAM.value] = group.max_grad_norm_per_param
-        if group.lr is not None:
-            address, dtype = group.lr
-            row[table.LR.value] = address
-            row[table.LR_TYPE.value] = _LR_TYPE[dtype]
-        else:
-            row[table.LR.value] = 0
-        self._mark(begin, begin + _GROUP_WORDS)
+    @property
+    def empty(self) -> bool:
+        """Whether there is no row: no pass would launch anything."""
+        return self._row_count == 0
+
+    def take(self, write: Callable[[array[int]], tuple[int, int]]) -> None:
+        """Lets books write groups and gradients.
+
+        Args:
+            write: called with words, brings up the first of them: the groups' rows as table.py has
+                them, then an address for each row, 0 where it takes no part in the step. Returns
+                the range that it changed.
+        """
+        self._mark(*write(self._words))
 
     def set_settings(self, max_grad_norm: float, skip_nonfinite: bool) -> None:
         """Writes the global norm's limit (infinity: none) and whether to skip bad steps."""
-        settings = torch.tensor([max_grad_norm, skip_nonfinite], dtype=torch.float64)
-        if not torch.equal(settings, self._host_doubles[:_SETTINGS_WORDS]):
-            self._host_doubles[:_SETTINGS_WORDS] = settings
-            self._mark(0, _SETTINGS_WORDS)
+        if self._limits != (max_grad_norm, skip_nonfinite):
+            self._limits = (max_grad_norm, skip_nonfinite)
+            self._write_limits()
+            self._mark(self._settings_at, self._settings_at + _SETTINGS_WORDS)
 
-    def set_grads(self, addresses: Sequence[int]) -> None:
-        """Writes the gradients' addresses, one a row; 0 where a row takes no part in the step."""
-        fresh = _int64(addresses)
-        changed = (fresh != self._host_grads).nonzero()
-        if len(changed):
-            self._host_grads.copy_(fresh)
-            self._mark(self._grads_at + int(changed[0]), self._grads_at + int(changed[-1]) + 1)
+    def _write_limits(self) -> None:
+        self._words[self._settings_at :] = array("q", array("d", self._limits).tobytes())
 
     def upload(self) -> None:
         """Sends what changed since the last time; nothing when nothing did."""
@@ -212,7 +249,7 @@ class Tables:
         """
         self.upload()
         with _on(self._device):
-            for launch in self._reduce_launches:
+            for launch, constants in self._reduce_launches:
                 reduce_kernel[(launch.count,)](
                     self._pieces,
                     self._tensors,
@@ -230,12 +267,7 @@ class Tables:
                     found_inf,
                     launch.first,
                     self._row_count,
-                    TYPE=TYPES[launch.types[1]],
-                    T=TYPES[launch.compute_type],
-                    BLOCK=REDUCE_BLOCK,
-                    EDGE=EDGE,
-                    num_warps=self._warps,
-                    enable_fp_fusion=False,
+                    **constants,
                 )
 
     def apply(
@@ -253,7 +285,7 @@ class Tables:
         """
         self.upload()
         with _on(self._device):
-            for launch in self._apply_launches:
+            for launch, constants in self._apply_launches:
                 apply_kernel[(launch.count,)](
                     self._pieces,
                     self._tensors,
@@ -266,16 +298,7 @@ class Tables:
                     found_inf,
                     launch.first,
                     CONTROLLED=controlled,
-                    CONSTANTS=self._rule.constants,
-                    UPDATE=self._rule.update,
-                    HYPERS=len(self._rule.HYPER),
-                    VARIANT=launch.variant,
-                    TYPES=tuple(TYPES[dtype] for dtype in launch.types),
-                    T=TYPES[launch.compute_type],
-                    BLOCK=BLOCK,
-                    EDGE=EDGE,
-                    num_warps=self._warps,
-                    enable_fp_fusion=False,
+                    **constants,
                 )
 
 
@@ -283,4 +306,4 @@ def _int64(words: Sequence[int]) -> torch.Tensor:
     """The words as a tensor, several times faster than torch.tensor reads a list."""
     if not words:
         return torch.empty(0, dtype=torch.int64)
-    return torch.frombuffer(array.array("q", words), dtype=torch.int64)
+    return torch.frombuffer(array("q", words), dtype=torch.int64)

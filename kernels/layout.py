@@ -1,18 +1,20 @@
 """How tensors lie in memory: the words that the kernels' element path reads, and whether they hold.
 
-Used by the plan.
+Used by the Python books.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Called through map, which costs a third of a loop in Python.
-_is_contiguous: Any = Tensor.is_contiguous
-_strides_of: Any = Tensor.stride
+try:
+    # What torch.compile asks before it runs compiled code: one call for all tensors, in C++.
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+except ImportError:
+    _TensorGuards = None
 
 
 def layout_words(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -35,18 +37,46 @@ def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-class Strides:
-    """The strides that tensors of known shapes must have, asked in the cheapest way that tells."""
+class Likeness:
+    """What tensors were like in everything but their addresses; holds none of them.
 
-    def __init__(self, strides: Iterable[tuple[int, ...]], likes: Sequence[Tensor]) -> None:
-        self._strides = list(strides)
-        self._contiguous = all(
-            stride == torch.empty(like.shape, device="meta").stride()
-            for stride, like in zip(self._strides, likes, strict=True)
+    That is sizes, strides, number type, device, and whether they are sparse or negated views.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._guards = _make_guards(tensors)
+        self._facts = None if self._guards is not None else list(map(_facts, tensors))
+
+    def match(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether the tensors are the same in all this, one by one; None never is."""
+        if self._guards is not None:
+            return bool(self._guards.check(*tensors))
+        return list(map(_facts, tensors)) == self._facts
+
+
+def _facts(tensor: Tensor | None) -> Any:
+    """What a tensor is like; equal for equal ones."""
+    if tensor is None:
+        return None
+    if tensor.layout != torch.strided:
+        return tensor.layout
+    odd = tensor.is_neg() or tensor._is_zerotensor()
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, odd
+
+
+def _make_guards(tensors: Sequence[Tensor]) -> Any:
+    """The call for all tensors at once, where this torch has it and it takes these tensors.
+
+    It does not take the same tensor twice, as two parameters may have for a gradient.
+    """
+    if _TensorGuards is None or not tensors:
+        return None
+    try:
+        guards = _TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
         )
-
-    def match(self, tensors: Sequence[Any]) -> bool:
-        """Whether the tensors have the strides, one by one."""
-        if self._contiguous:
-            return all(map(_is_contiguous, tensors))
-        return list(map(_strides_of, tensors)) == self._strides
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return guards if guards.check(*tensors) is True else None

@@ -1,37 +1,45 @@
-"""The step plan in Python, for where there is no extension: csrc/python/plan.cpp over Triton.
+"""The plan of the Triton backend: the steps of one optimizer's parameters on one device.
 
-It keeps the books: what a step reads and writes, and whether that still holds. Tables in device
-memory and launches are launch.py's.
+Which rows, groups and gradients a step has is kept in books, the extension's (`_C.TablePlan`) where
+there is one and books.py's elsewhere; memory and launches are launch.py's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import chain
-from operator import attrgetter
-from typing import Any
+from array import array
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from fusedopt.kernels import launch
-from fusedopt.kernels.groups import Groups, ParamGroups, same
 from fusedopt.kernels.launch import Tables
-from fusedopt.kernels.layout import Strides, layout_words
 from fusedopt.kernels.pieces import Row
 from torch import Tensor
 
-Slot = tuple[int, Tensor, Tensor | None]
-State = Mapping[Tensor, Mapping[str, Any]]
+from fusedopt import _control
 
-# Called through map, which costs a third of a loop in Python.
-_values_of: Any = dict.values
-_address_of: Any = Tensor.data_ptr
-_dtype_of: Any = attrgetter("dtype")
-_size_of: Any = Tensor.size
-_strides_of: Any = Tensor.stride
-_device_of: Any = Tensor.get_device
-_is_negated: Any = Tensor.is_neg
-_bytes_of: Any = attrgetter("nbytes")
+Attention = tuple[bool, list[Tensor], list[Tensor]]
+
+
+class Books(Protocol):
+    """What the plan asks; see books.py and csrc/python/table_plan.h."""
+
+    @property
+    def rows_version(self) -> int:
+        """Another number whenever ``rows`` returns something else."""
+
+    def begin(self, param_groups: Any, state: Any) -> Attention | None:
+        """Checks everything and takes in what has changed."""
+
+    def rows(self) -> Sequence[tuple[Any, ...]]:
+        """The fields of a `Row` for each parameter whose state exists."""
+
+    def write(self, words: array[int]) -> tuple[int, int]:
+        """Brings the words of groups and gradients up; returns the range that changed."""
+
+    def needs_reduce(self, max_grad_norm: float | None, skip_nonfinite: bool) -> bool:
+        """Whether a step with these settings needs the reduce pass."""
 
 
 class TritonPlan:
@@ -40,255 +48,60 @@ class TritonPlan:
     Args:
         rule: name of the rule, as in ``fusedopt.kernels``.
         device: where all parameters are.
-        slots: (index of the group, parameter, counter of applied steps: a 0-dim float32 tensor on
-            the device). A parameter whose counter is None or whose state is missing takes no part,
-            and ``begin`` reports its first gradient.
-        param_groups: the optimizer's groups.
-        state: the optimizer's state; it is read, never written.
+        books: of the parameters.
+        group_count: how many groups the books have.
 
-    Raises:
-        ValueError: a counter or a state does not fit its parameter.
+    Attributes:
+        control: what the last ``step`` left: float64 (unscale, clip, norm, nonfinite, skip).
     """
 
-    def __init__(
-        self,
-        rule: str,
-        device: torch.device,
-        slots: Sequence[Slot],
-        param_groups: ParamGroups,
-        state: State,
-    ) -> None:
-        self._device = device
+    def __init__(self, rule: str, device: torch.device, books: Books, group_count: int) -> None:
         self._rule = launch.load_rule(rule)
-        self._device_index = -1 if self._device.type == "cpu" else self._device.index
-        self._groups = Groups(self._rule, self._device, param_groups)
-        self._read_state(slots, state)
+        self._device = device
+        self._books = books
+        self._group_count = group_count
         self._tables: Tables | None = None
+        self._version = 0
+        self._ready = False
         self._reduced = False
+        self.control = torch.zeros(5, dtype=torch.float64, device=device)
 
-    def _read_state(self, slots: Sequence[Slot], state: State) -> None:
-        """Splits the slots into those that the kernels serve and those without state."""
-        self._params: list[Tensor] = []
-        self._group_of: list[int] = []
-        self._counters: list[Tensor] = []
-        self._states: list[tuple[Tensor, ...]] = []
-        self._stateless: list[Tensor] = []
-        entries = []
-        for index, (group, param, counter) in enumerate(slots):
-            entry = state.get(param, {})
-            names = launch.state_names(self._rule, self._groups.variants[group])
-            tensors: tuple[Any, ...] = tuple(entry.get(name) for name in names)
-            if counter is None or any(tensor is None for tensor in tensors):
-                self._stateless.append(param)
-                continue
-            self._check_counter(index, counter)
-            for name, tensor in zip(names, tensors, strict=True):
-                self._check_state(name, tensor, param)
-            self._params.append(param)
-            self._group_of.append(group)
-            self._counters.append(counter)
-            self._states.append(tensors)
-            entries.append(entry)
-        self._state_keys = list(state.keys())
-        self._state_entries = list(state.values())
-        self._entries = entries
-        self._entry_values = list(chain.from_iterable(map(_values_of, entries)))
-        self._watched = [*self._params, *chain.from_iterable(self._states)]
-        self._addresses = list(map(_address_of, self._watched))
-        self._bytes = list(map(_bytes_of, self._params))
-        self._sizes = list(map(_size_of, self._params))
-        self._strides = Strides(map(_strides_of, self._params), self._params)
-        # What the tables take for granted about each gradient: until one is seen, that it is like
-        # its parameter.
-        self._grad_types = [param.dtype for param in self._params]
-        self._grad_strides = [param.stride() for param in self._params]
-        self._activate([])
-
-    def _check_counter(self, index: int, counter: Tensor) -> None:
-        if counter.dtype != torch.float32 or counter.dim() != 0 or counter.device != self._device:
-            raise ValueError(
-                f"the counter of slot {index} is {_describe(counter)}; expected a 0-dim float32 "
-                f"tensor on {self._device}"
-            )
-
-    def _check_state(self, name: str, tensor: Tensor, param: Tensor) -> None:
-        fits = tensor.shape == param.shape and tensor.device == param.device
-        if not fits or tensor.dtype not in launch.TYPES or tensor.layout != torch.strided:
-            raise ValueError(
-                f"state {name!r} of {self._groups.name_of(param)} is {_describe(tensor)}; expected "
-                f"a floating-point tensor like the parameter, {_describe(param)}. Load a matching "
-                "checkpoint, or delete optimizer.state[parameter]"
-            )
-
-    def begin(
-        self, param_groups: ParamGroups, state: State
-    ) -> tuple[bool, list[Tensor], list[Tensor]] | None:
+    def begin(self, param_groups: Any, state: Any) -> Attention | None:
         """Checks everything that the coming step relies on and takes in what has changed.
 
         Nothing of the model is touched.
 
         Returns:
-            None when the plan holds. Else (rebuild, missing, foreign): whether another plan has to
-            be made; the parameters with a first gradient but without state; those that this plan
-            leaves out of this step, because their gradient is sparse or of a type that no kernel
-            reads.
+            None when the plan holds. Else (rebuild, missing, foreign), as the books say: whether
+            another plan has to be made; the parameters with a first gradient but without state;
+            those that this plan leaves out of this step.
 
         Raises:
-            ValueError: a gradient of another shape or on another device than its parameter, or not
-                floating.
+            KeyError, TypeError, ValueError: as the books say.
         """
-        self._reduced = False
-        changed = self._groups.refresh(param_groups)
-        if changed is None or not self._holds(state):
-            return True, [], []
-        if self._tables is not None:
-            for index in changed:
-                self._tables.set_group(index, self._groups.rows[index])
-        missing, foreign = self._survey_stateless()
-        addresses = self._known_grads()
-        if addresses is None:
-            if list(map(_size_of, self._params)) != self._sizes:
-                return True, [], []
-            addresses, unread = self._survey_grads()
-            foreign += unread
-        self._current_tables().set_grads(self._spread(addresses))
-        return (False, missing, foreign) if missing or foreign else None
-
-    def _holds(self, state: State) -> bool:
-        """Whether parameters and states are in the memory that this plan was made for."""
-        return (
-            same(state.keys(), self._state_keys)
-            and same(state.values(), self._state_entries)
-            and same(list(chain.from_iterable(map(_values_of, self._entries))), self._entry_values)
-            and list(map(_address_of, self._watched)) == self._addresses
-            and list(map(_bytes_of, self._params)) == self._bytes
-            and self._strides.match(self._params)
-        )
-
-    def _activate(self, active: Sequence[int]) -> None:
-        """Remembers which parameters have gradients, and what is expected of those."""
-        members = set(active)
-        self._active = list(active)
-        self._active_params = [self._params[index] for index in active]
-        self._idle_params = [
-            param for index, param in enumerate(self._params) if index not in members
-        ]
-        self._active_sizes = [self._sizes[index] for index in active]
-        self._active_types = [self._grad_types[index] for index in active]
-        self._active_strides = Strides(
-            (self._grad_strides[index] for index in active), self._active_params
-        )
-
-    def _known_grads(self) -> list[int] | None:
-        """The addresses of the gradients if they are those of the last step in everything else.
-
-        A few calls for all.
-        """
-        if any(param.grad is not None for param in self._idle_params):
-            return None
-        grads = [param.grad for param in self._active_params]
-        try:
-            addresses = list(map(_address_of, grads))
-        except (TypeError, RuntimeError):  # one is None or sparse
-            return None
-        known = (
-            list(map(_dtype_of, grads)) == self._active_types
-            and list(map(_size_of, grads)) == self._active_sizes
-            and self._active_strides.match(grads)
-            and list(map(_device_of, grads)) == [self._device_index] * len(grads)
-            and not any(map(_is_negated, grads))
-        )
-        return addresses if known else None
-
-    def _survey_stateless(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of the parameters without state: (with a gradient, with one that no kernel reads)."""
-        missing: list[Tensor] = []
-        foreign: list[Tensor] = []
-        for param in self._stateless:
-            if param.grad is not None:
-                (missing if self._reads(param.grad, param) else foreign).append(param)
-        return missing, foreign
-
-    def _reads(self, grad: Tensor, param: Tensor) -> bool:
-        """Whether the kernels can read a gradient.
-
-        Raises ValueError for one that cannot belong to the parameter.
-        """
-        if grad.layout != torch.strided or grad.is_neg() or grad._is_zerotensor():
-            return False
-        if (
-            grad.shape != param.shape
-            or grad.device != param.device
-            or grad.dtype not in launch.TYPES
-        ):
-            raise ValueError(
-                f"the gradient of {self._groups.name_of(param)} is {_describe(grad)}; expected a "
-                f"floating-point tensor shaped like the parameter, {_describe(param)}. "
-                "Set parameter.grad = None and run backward again"
-            )
-        return True
-
-    def _survey_grads(self) -> tuple[list[int], list[Tensor]]:
-        """Looks at every gradient: (addresses, parameters whose gradient no kernel reads)."""
-        active, addresses, foreign = [], [], []
-        types, strides = list(self._grad_types), list(self._grad_strides)
-        for index, param in enumerate(self._params):
-            grad = param.grad
-            if grad is None:
-                continue
-            if not self._reads(grad, param):
-                foreign.append(param)
-                continue
-            active.append(index)
-            addresses.append(grad.data_ptr())
-            types[index], strides[index] = grad.dtype, grad.stride()
-        if types != self._grad_types or strides != self._grad_strides:
-            self._grad_types, self._grad_strides = types, strides
-            self._tables = None
-        self._activate(active)
-        return addresses, foreign
-
-    def _spread(self, addresses: list[int]) -> list[int]:
-        """The addresses of the active gradients as a column for all rows, 0 for the others."""
-        if len(self._active) == len(self._params) and 0 not in addresses:
-            return addresses
-        column = [0] * len(self._params)
-        for index, address in zip(self._active, addresses, strict=True):
-            # An empty tensor may have no memory, and 0 would mean that there is no gradient.
-            column[index] = address or self._counters[index].data_ptr()
-        return column
+        self._ready = self._reduced = False
+        attention = self._books.begin(param_groups, state)
+        if attention is None or not (attention[0] or attention[1]):
+            self._current_tables().take(self._books.write)
+            self._ready = True
+        return attention
 
     def _current_tables(self) -> Tables:
         """The tables, made when there are none.
 
         A graph under capture gets its own, which no later step changes.
         """
-        capturing = launch.capturing(self._device)
-        if self._tables is None or capturing or self._tables.captured:
-            rows = [self._row(index) for index in range(len(self._params))]
-            self._tables = Tables(self._rule, self._device, rows, len(self._groups.rows))
-            for index, row in enumerate(self._groups.rows):
-                self._tables.set_group(index, row)
-        return self._tables
-
-    def _row(self, index: int) -> Row:
-        param, states = self._params[index], self._states[index]
-        strides = [param.stride(), self._grad_strides[index], *(state.stride() for state in states)]
-        return Row(
-            param.data_ptr(),
-            tuple(state.data_ptr() for state in states),
-            self._counters[index].data_ptr(),
-            layout_words(param.shape, strides),
-            param.numel(),
-            self._group_of[index],
-            self._groups.variants[self._group_of[index]],
-            (param.dtype, self._grad_types[index], *(state.dtype for state in states)),
-        )
-
-    @property
-    def control(self) -> Tensor:
-        """What the last ``step`` left: float64 (unscale, clip, norm, nonfinite, skip)."""
-        return self._begun().control
+        tables, version = self._tables, self._books.rows_version
+        if (
+            tables is None
+            or tables.captured
+            or version != self._version
+            or launch.capturing(self._device)
+        ):
+            rows = [Row._make(row) for row in self._books.rows()]
+            tables = Tables(self._rule, self._device, rows, self._group_count, self.control)
+            self._tables, self._version = tables, version
+        return tables
 
     def reduce(self, unscale: Tensor) -> Tensor:
         """The reduce pass under a multiplier.
@@ -320,17 +133,21 @@ class TritonPlan:
         Returns the control block.
         """
         tables = self._begun()
-        grad_scale, found_inf = self._bring(grad_scale), self._bring(found_inf)
-        limited = any(row.max_grad_norm_per_param != math.inf for row in self._groups.rows)
-        if max_grad_norm is None and not skip_nonfinite and not limited:
-            tables.apply(
-                tables.control, controlled=False, grad_scale=grad_scale, found_inf=found_inf
+        if tables.empty:
+            unscale = _control.unscale_factor(grad_scale, self._device)
+            self.control.copy_(
+                _control.settle([], unscale, found_inf, max_grad_norm, skip_nonfinite)
             )
-            return tables.control
-        tables.set_settings(math.inf if max_grad_norm is None else max_grad_norm, skip_nonfinite)
-        tables.reduce(grad_scale=grad_scale, found_inf=found_inf, control=tables.control)
-        tables.apply(tables.control, controlled=True, clip_per_param=limited)
-        return tables.control
+            return self.control
+        grad_scale, found_inf = self._bring(grad_scale), self._bring(found_inf)
+        if self._books.needs_reduce(max_grad_norm, skip_nonfinite):
+            limit = math.inf if max_grad_norm is None else max_grad_norm
+            tables.set_settings(limit, skip_nonfinite)
+            tables.reduce(grad_scale=grad_scale, found_inf=found_inf, control=self.control)
+            tables.apply(self.control, controlled=True, clip_per_param=True)
+        else:
+            tables.apply(self.control, controlled=False, grad_scale=grad_scale, found_inf=found_inf)
+        return self.control
 
     def _bring(self, number: Tensor | float | None) -> Tensor | None:
         """A number of the scaler's as a tensor on the device."""
@@ -339,13 +156,9 @@ class TritonPlan:
         return torch.tensor(number, dtype=torch.float64, device=self._device)
 
     def _begun(self) -> Tables:
-        if self._tables is None:
+        if self._tables is None or not self._ready:
             raise RuntimeError(
-                "the plan was asked for a pass before begin(); call begin() first in every step"
+                "the plan was asked for a pass before begin() found it in order; call begin() first"
+                " in every step"
             )
         return self._tables
-
-
-def _describe(tensor: Tensor) -> str:
-    layout = "" if tensor.layout == torch.strided else f" ({tensor.layout})"
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}{layout}"

@@ -160,6 +160,11 @@ def _triton_interprets() -> bool:
     )
 
 
+#: Whether Triton's interpreter takes part: 20 ms for every parameter of every step, so tests that
+#: take many of them take fewer.
+INTERPRETED = _triton_interprets()
+
+
 @functools.cache
 def backends() -> tuple[str, ...]:
     """Returns the backends that work in this process, for parametrisation."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from table import (
     ENTRIES,
+    INTERPRETED,
     TABLE,
     Run,
     assert_close,
@@ -306,24 +307,24 @@ def test_same_address_other_meaning(entry, backend):
 
 
 @OURS
-def test_group_settings_are_read_every_step(entry):
+@BACKENDS
+def test_group_settings_are_read_every_step(entry, backend):
     """Our own keys too: a limit that is set, changed or taken away."""
-    for backend in backends():
-        start = make_params([(50,)], device=device_of(backend))
-        run = run_fused(entry, start, backend, lr=1.0).steps(1)
-        group = run.optimizer.param_groups[0]
-        for limit in (1e-3, None, 10.0):
-            group["max_grad_value"] = limit
-            expected = run_fused(entry, run.params, backend, lr=1.0)
-            expected.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-            expected.optimizer.param_groups[0]["max_grad_value"] = None
-            for each in (run, expected):
-                set_grads(each.params, 5)
-            if limit is not None:
-                expected.params[0].grad.clamp_(-limit, limit)
-            run.optimizer.step()
-            expected.optimizer.step()
-            assert_close(run.tensors(), expected.tensors())
+    start = make_params([(50,)], device=device_of(backend))
+    run = run_fused(entry, start, backend, lr=1.0).steps(1)
+    group = run.optimizer.param_groups[0]
+    for limit in (1e-3, None, 10.0):
+        group["max_grad_value"] = limit
+        expected = run_fused(entry, run.params, backend, lr=1.0)
+        expected.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+        expected.optimizer.param_groups[0]["max_grad_value"] = None
+        for each in (run, expected):
+            set_grads(each.params, 5)
+        if limit is not None:
+            expected.params[0].grad.clamp_(-limit, limit)
+        run.optimizer.step()
+        expected.optimizer.step()
+        assert_close(run.tensors(), expected.tensors())
 
 
 STEP = st.tuples(st.just("step"), st.frozensets(st.integers(0, 3), max_size=3))
@@ -374,7 +375,7 @@ def perform(run: Run, seed: int, operation: str, argument) -> Run:
 
 @OURS
 @BACKENDS
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=4 if INTERPRETED else 25)
 @given(operations=st.lists(OPERATION, min_size=3, max_size=9))
 def test_any_sequence(entry, backend, operations):
     """Steps with anything in between, in any order."""

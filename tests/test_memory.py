@@ -120,6 +120,8 @@ def test_no_memory_that_grows_with_the_model(entry, dtype):
 @pytest.mark.parametrize("backend", native_backends())
 def test_step_allocates_no_tensors_per_parameter(entry, backend):
     """What torch's allocator hands out in a step does not depend on the number of parameters."""
+    if backend == "triton" and device_of(backend) == "cpu":
+        pytest.skip("Triton's interpreter allocates for every program that it runs")
     allocated = []
     for count in (2, 40):
         params = make_params([(64,)] * count, device=device_of(backend))

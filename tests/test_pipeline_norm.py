@@ -163,11 +163,12 @@ def test_the_norm_is_after_value_and_per_parameter_clips(backend):
 @pytest.mark.parametrize("backend", table.backends())
 @pytest.mark.parametrize("dtype", table.DTYPES, ids=str)
 def test_the_norm_is_summed_in_float64(backend, dtype):
-    """100000 equal gradients and a single large one.
+    """Very many equal gradients and a single large one.
 
     A float32 sum would be off by far more than the one rounding allowed.
     """
-    param = torch.nn.Parameter(torch.zeros(100_001, dtype=dtype, device=table.device_of(backend)))
+    count = 10_001 if table.INTERPRETED else 100_001
+    param = torch.nn.Parameter(torch.zeros(count, dtype=dtype, device=table.device_of(backend)))
     optimizer = table.make_fused(table.TABLE["SGD"], [param], backend, max_grad_norm=1.0)
     param.grad = torch.full_like(param, 0.001)
     param.grad[5] = 60000.0 if dtype == torch.float16 else 1e6
@@ -210,6 +211,8 @@ def steps_with_everything(backend: str, layout: str, dtype: torch.dtype) -> dict
 @pytest.mark.parametrize("layout", ("contiguous", "misaligned", "every_second"))
 def test_same_bits_for_any_number_of_threads(backend, layout):
     """One, two and five threads, and the same again."""
+    if backend == "triton":
+        pytest.skip("no kernel of Triton's runs in threads of the CPU")
     with threads(1):
         expected = steps_with_everything(backend, layout, torch.float32)
     for count in (1, 2, 5):

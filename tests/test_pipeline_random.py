@@ -118,7 +118,7 @@ class History:
 @pytest.mark.parametrize("backend", table.backends())
 @pytest.mark.parametrize("entry", **table.ENTRIES)
 @settings(
-    max_examples=15,
+    max_examples=2 if table.INTERPRETED else 15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

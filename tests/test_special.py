@@ -26,6 +26,8 @@ from table import (
     set_grads,
 )
 
+from fusedopt import backends as library_backends
+
 OURS = pytest.mark.parametrize("entry", **ENTRIES)
 BACKENDS = pytest.mark.parametrize("backend", backends())
 NATIVE = pytest.mark.parametrize("backend", native_backends())
@@ -302,3 +304,19 @@ def test_stock_bug_5_one_pass_for_all_groups(entry, backend):
     assert len(optimizer._pipeline._plans) == 1
     norm = torch.cat([param.grad for param in params]).norm()
     torch.testing.assert_close(optimizer.last_grad_norm, norm)
+
+
+@OURS
+def test_without_kernels_torch_takes_a_group_at_once(entry, monkeypatch):
+    """Where "auto" finds no backend, a step is torch's own, not one call for each parameter."""
+    monkeypatch.setattr(library_backends, "for_device", lambda choice, device: None)
+    optimizer = make_fused(entry, make_params([(3,)] * 5), "auto", **richest(entry))
+    taken = []
+    update = optimizer._update_with_torch
+    monkeypatch.setattr(
+        optimizer,
+        "_update_with_torch",
+        lambda group, grads: (taken.append(len(group["params"])), update(group, grads)),
+    )
+    Run(optimizer.param_groups[0]["params"], optimizer).steps(1)
+    assert taken == [5]

@@ -21,9 +21,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
+import triton_tools
 from fusedopt.kernels import launch
 from fusedopt.kernels.groups import GroupRow
-from fusedopt.kernels.launch import Tables
 from fusedopt.kernels.layout import layout_words
 from fusedopt.kernels.pieces import BLOCK, EDGE, Row
 
@@ -197,13 +197,8 @@ def make_tables(problems, groups=None, grads=None):
     groups = groups or [
         GroupRow(hyper_of(rule, group), math.inf, math.inf, None) for group in range(2)
     ]
-    tables = Tables(
-        launch.load_rule(rule), torch.device("cpu"), [p.row() for p in problems], len(groups)
-    )
-    for index, group in enumerate(groups):
-        tables.set_group(index, group)
-    tables.set_grads(grads or [p.grad.data_ptr() for p in problems])
-    return tables
+    addresses = grads or [p.grad.data_ptr() for p in problems]
+    return triton_tools.make_tables(rule, [p.row() for p in problems], groups, addresses)
 
 
 def step_and_compare(
@@ -280,7 +275,7 @@ def test_long_pieces_of_several_blocks(cpp_rules, monkeypatch):
     monkeypatch.setattr(launch, "piece_length", lambda numel, processors: 3 * BLOCK)
     problems = [Problem("sgd", 1, n * BLOCK + 9, TYPES["float32"], wild=False) for n in (2, 3, 7)]
     tables = make_tables(problems)
-    assert [launch_.count for launch_ in tables._apply_launches] == [1 + 2 + 3]
+    assert [launch_.count for launch_, _ in tables._apply_launches] == [1 + 2 + 3]
     for _ in range(2):
         step_and_compare(problems, cpp_rules, tables, torch.tensor([1.0, 1.0, 0, 0, 0], dtype=F64))
 
@@ -379,10 +374,8 @@ def test_every_rounding_to_bfloat16():
     # - (-1)(-0).
     param = torch.zeros(len(grads), dtype=BF16)
     counter = torch.zeros(())
-    rule = launch.load_rule("sgd")
     row = Row(param.data_ptr(), (), counter.data_ptr(), (), len(grads), 0, 0, (BF16, F32))
-    tables = Tables(rule, torch.device("cpu"), [row], 1)
-    tables.set_group(0, GroupRow((-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), math.inf, math.inf, None))
-    tables.set_grads([grads.data_ptr()])
+    group = GroupRow((-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), math.inf, math.inf, None)
+    tables = triton_tools.make_tables("sgd", [row], [group], [grads.data_ptr()])
     tables.apply(tables.control, controlled=False)
     assert_same_bits(param, (0.0 + grads).to(BF16))

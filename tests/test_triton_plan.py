@@ -1,11 +1,10 @@
-"""The Python plan of the Triton backend, interpreted on the CPU.
+"""The plan of the Triton backend, interpreted on the CPU, over either kind of books.
 
 What it notices, what it refuses, and that steps are torch's.
 
 Run by test_triton_interpreted.py, or by hand with TRITON_INTERPRET=1.
 """
 
-import copy
 import math
 import os
 import weakref
@@ -20,8 +19,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     )
 
 from fusedopt.kernels import launch
+from fusedopt.kernels.books import Books
+from triton_tools import Model, use_books
 
-from fusedopt.backends.triton import make_plan
+from fusedopt.backends import extension
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -36,80 +37,19 @@ CASES = [
     ("adagrad", torch.optim.Adagrad, {"lr_decay": 0.1}),
     ("adadelta", torch.optim.Adadelta, {"weight_decay": 0.1}),
 ]
-SHAPES = [(3, 5), (70,), (0,), (), (1100,)]
 
 
-class Model:
-    """What an optimizer of ours would hold, beside a stock optimizer on copies."""
+@pytest.fixture(autouse=True, params=["extension", "python"])
+def books(request, monkeypatch):
+    """Runs a test over either kind of books."""
+    use_books(request.param, monkeypatch)
+    return request.param
 
-    def __init__(
-        self, rule="adam", stock=torch.optim.AdamW, kwargs=None, shapes=SHAPES, groups=1, **extras
-    ):
-        torch.manual_seed(0)
-        self.rule = rule
-        self.params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-        self.copies = copy.deepcopy(self.params)
-        self.stock = stock(
-            [{"params": self.copies[i::groups], "lr": 0.1 / (1 + i)} for i in range(groups)],
-            **(kwargs or {}),
-        )
-        self.groups = []
-        for index, group in enumerate(self.stock.param_groups):
-            keys = {"decoupled_weight_decay": stock is torch.optim.AdamW, **extras}
-            self.groups.append({**group, **keys, "params": self.params[index::groups]})
-        self.state = {}
-        self.counters = torch.zeros(len(self.params))
-        for param in self.params:
-            self.add_state(param)
-        self.plan = self.make_plan()
 
-    def add_state(self, param):
-        """Gives a parameter zeros for states."""
-        module = launch.load_rule(self.rule)
-        variant = sum(1 << bit for bit, name in enumerate(module.VARIANTS) if self.groups[0][name])
-        self.state[param] = {
-            name: torch.zeros_like(param) for name in launch.state_names(module, variant)
-        }
-
-    def make_plan(self):
-        """A plan over everything as it is now."""
-        index = {id(param): i for i, param in enumerate(self.params)}
-        slots = [
-            (g, p, self.counters[index[id(p)]])
-            for g, group in enumerate(self.groups)
-            for p in group["params"]
-        ]
-        return make_plan(self.rule, torch.device("cpu"), slots, self.groups, self.state)
-
-    def backward(self, skip=(), scale=1.0):
-        """Fresh gradients on both sides, ours multiplied by a loss scale."""
-        for index, (param, other) in enumerate(zip(self.params, self.copies, strict=True)):
-            grad = None if index in skip else torch.randn_like(param)
-            param.grad = None if grad is None else grad * scale
-            other.grad = grad
-
-    def begin(self):
-        """The plan's check."""
-        return self.plan.begin(self.groups, self.state)
-
-    def step(self, grad_scale=None, found_inf=None, max_grad_norm=None, skip_nonfinite=False):
-        """A step that needs nothing from outside the plan."""
-        assert self.begin() is None
-        return self.plan.step(grad_scale, found_inf, max_grad_norm, skip_nonfinite)
-
-    def snapshot(self):
-        """Copies of all that a step may change."""
-        tensors = [
-            *self.params,
-            self.counters,
-            *(t for entry in self.state.values() for t in entry.values()),
-        ]
-        return [tensor.detach().clone() for tensor in tensors]
-
-    def assert_follows_stock(self):
-        """Parameters agree with the stock optimizer's."""
-        for param, other in zip(self.params, self.copies, strict=True):
-            torch.testing.assert_close(param, other, rtol=2e-5, atol=1e-6)
+def test_the_books_are_those_asked_for(books):
+    """Or all tests here would run over the same ones."""
+    native = extension.module().TablePlan
+    assert type(Model().plan._books) is (native if books == "extension" else Books)
 
 
 @pytest.mark.parametrize(("rule", "stock", "kwargs"), CASES)
@@ -178,7 +118,8 @@ def test_a_skipped_step_leaves_everything(how):
 def test_gradients_of_other_layouts_and_types():
     """Transposed, expanded and half gradients, changing between steps, without another plan."""
     model = Model(shapes=[(6, 8), (40,)])
-    for change in (lambda g: g, lambda g: g.t().contiguous().t(), lambda g: g[:1].expand_as(g)):
+    transposed, expanded = (lambda g: g.t().contiguous().t()), (lambda g: g[:1].expand_as(g))
+    for change in (lambda g: g, transposed, expanded, lambda g: g):
         model.backward()
         for param, other in zip(model.params, model.copies, strict=True):
             param.grad = change(param.grad)
@@ -216,6 +157,17 @@ def replace_entry(model):
     model.state[model.params[0]] = dict(model.state[model.params[0]])
 
 
+def retype_state(model):
+    """The same tensor with other memory of another type."""
+    tensor = model.state[model.params[1]]["exp_avg"]
+    tensor.data = tensor.data.half()
+
+
+def move_counter(model):
+    """A counter with other memory, as after a careless load."""
+    model.slots[1][2].data = model.slots[1][2].data.clone()
+
+
 def move_param(model):
     """The same parameter with other memory."""
     model.params[0].data = model.params[0].data.clone()
@@ -248,6 +200,8 @@ def change_variant(model):
     [
         replace_state,
         move_state,
+        retype_state,
+        move_counter,
         drop_state,
         replace_entry,
         move_param,
@@ -343,7 +297,7 @@ def test_tensor_hyperparameters_are_read_every_step():
 
 
 def test_uploads_only_what_changed(monkeypatch):
-    """Nothing, one pointer, then one pointer's worth and a group's row."""
+    """Nothing, one pointer, then one number of a group."""
     sent = []
     send = launch.Tables._send
     monkeypatch.setattr(
@@ -362,7 +316,28 @@ def test_uploads_only_what_changed(monkeypatch):
     assert sent == [1]
     model.groups[1]["lr"] = 0.5
     model.step()
-    assert sent == [1, 16]
+    assert sent == [1, 1]
+
+
+def test_without_rows_the_control_block_is_written():
+    """A scaler may report inf before any parameter has state."""
+    model = Model(shapes=[(3,)])
+    model.state.clear()
+    model.plan = model.make_plan()
+    control = model.step(torch.tensor(4.0), torch.tensor(1.0), max_grad_norm=1.0)
+    assert control.tolist() == [0.25, 1.0, 0.0, 0.0, 1.0]
+    assert control is model.plan.control
+
+
+def test_passes_ask_for_begin():
+    """Also after a begin that found something to do first."""
+    model = Model()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"call begin\(\) first in every step"):
+            model.plan.step(None, None, None, False)
+        model.begin()
+        replace_param(model)
+        model.begin()
 
 
 def test_holds_no_gradients():

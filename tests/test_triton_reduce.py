@@ -17,9 +17,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
-from fusedopt.kernels import launch
+import triton_tools
 from fusedopt.kernels.groups import GroupRow
-from fusedopt.kernels.launch import Tables
 from fusedopt.kernels.layout import layout_words
 from fusedopt.kernels.pieces import BLOCK, Row
 
@@ -48,11 +47,10 @@ def make_tables(
             zip(grads, param_types or [F32] * len(grads), strict=True)
         )
     ]
-    tables = Tables(launch.load_rule("sgd"), torch.device("cpu"), rows, len(limits))
-    for index, (value, norm) in enumerate(limits):
-        tables.set_group(index, GroupRow((0.0,) * 7, value, norm, None))
+    rows_of_groups = [GroupRow((0.0,) * 7, value, norm, None) for value, norm in limits]
+    addresses = [0 if i in missing else grad.data_ptr() for i, grad in enumerate(grads)]
+    tables = triton_tools.make_tables("sgd", rows, rows_of_groups, addresses)
     tables.kept = grads  # addresses alone keep nothing alive
-    tables.set_grads([0 if i in missing else grad.data_ptr() for i, grad in enumerate(grads)])
     return tables
 
 
@@ -148,7 +146,7 @@ def test_missing_gradients_count_as_zeros():
     tables = make_tables([torch.ones(5), torch.full((2 * BLOCK,), math.nan)], missing=(1,))
     tables.reduce(control=tables.control, found_inf=torch.tensor(3.0))
     assert tables.control.tolist() == [1.0, 1.0, math.sqrt(5.0), 0.0, 1.0]
-    tables.set_grads([0, 0])
+    triton_tools.feed(tables, [GroupRow((0.0,) * 7, INF, INF, None)], [0, 0])
     tables.reduce(control=tables.control)
     assert tables.control.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
 

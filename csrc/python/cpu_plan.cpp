@@ -18,7 +18,7 @@ StepControl& as_control(const at::Tensor& tensor) {
 
 CpuPlan::CpuPlan(const std::string& rule, const py::list& slots, const py::list& param_groups,
                  const py::dict& state)
-    : Plan(rule, at::kCPU, slots, param_groups, state, cpu::kPieceLength),
+    : NativePlan(rule, at::kCPU, slots, param_groups, state, cpu::kPieceLength),
       tasks_(cpu::cut_tasks(pieces())),
       partials_(pieces().size()) {
   control_ = at::zeros({5}, at::kDouble);

@@ -4,11 +4,11 @@
 #include <vector>
 
 #include "cpu/passes.h"
-#include "python/plan.h"
+#include "python/native_plan.h"
 
 namespace fusedopt {
 
-class CpuPlan : public Plan {
+class CpuPlan : public NativePlan {
  public:
   CpuPlan(const std::string& rule, const py::list& slots, const py::list& param_groups,
           const py::dict& state);

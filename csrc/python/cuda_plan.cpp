@@ -30,8 +30,8 @@ StepControl* control_pointer(const at::Tensor& tensor) {
 
 CudaPlan::CudaPlan(const std::string& rule, int device, const py::list& slots,
                    const py::list& param_groups, const py::dict& state)
-    : Plan(rule, c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device)), slots,
-           param_groups, state, piece_length(slots, device)),
+    : NativePlan(rule, c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device)), slots,
+                 param_groups, state, piece_length(slots, device)),
       device_index_(device) {
   control_ = at::zeros({5}, at::TensorOptions(at::kDouble).device(at::kCUDA, device));
 }

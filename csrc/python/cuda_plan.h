@@ -4,11 +4,11 @@
 #include <memory>
 
 #include "cuda/launch.h"
-#include "python/plan.h"
+#include "python/native_plan.h"
 
 namespace fusedopt {
 
-class CudaPlan : public Plan {
+class CudaPlan : public NativePlan {
  public:
   CudaPlan(const std::string& rule, int device, const py::list& slots, const py::list& param_groups,
            const py::dict& state);

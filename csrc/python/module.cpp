@@ -4,7 +4,8 @@
 
 #include "cpu/passes.h"
 #include "python/cpu_plan.h"
-#include "python/plan.h"
+#include "python/native_plan.h"
+#include "python/table_plan.h"
 #ifdef FUSEDOPT_WITH_CUDA
 #include "python/cuda_plan.h"
 #endif
@@ -37,20 +38,32 @@ py::dict describe_rules() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  py::class_<Plan>(module, "Plan")
-      .def("begin", &begin, py::arg("param_groups"), py::arg("state"))
-      .def("step", &Plan::step, py::arg("grad_scale"), py::arg("found_inf"),
-           py::arg("max_grad_norm"), py::arg("skip_nonfinite"))
-      .def("reduce", &Plan::reduce, py::arg("unscale"))
-      .def("apply", &Plan::apply, py::arg("control"))
-      .def_property_readonly("control", &Plan::control);
+  py::class_<Plan>(module, "Plan").def("begin", &begin, py::arg("param_groups"), py::arg("state"));
 
-  py::class_<CpuPlan, Plan>(module, "CpuPlan")
+  py::class_<TablePlan, Plan>(module, "TablePlan")
+      .def(py::init<const std::string&, c10::Device, const py::list&, const py::list&,
+                    const py::dict&>(),
+           py::arg("rule"), py::arg("device"), py::arg("slots"), py::arg("param_groups"),
+           py::arg("state"))
+      .def("rows", &TablePlan::rows)
+      .def_property_readonly("rows_version", &TablePlan::rows_version)
+      .def("write", &TablePlan::write, py::arg("words"))
+      .def("needs_reduce", &TablePlan::needs_reduce, py::arg("max_grad_norm"),
+           py::arg("skip_nonfinite"));
+
+  py::class_<NativePlan, Plan>(module, "NativePlan")
+      .def("step", &NativePlan::step, py::arg("grad_scale"), py::arg("found_inf"),
+           py::arg("max_grad_norm"), py::arg("skip_nonfinite"))
+      .def("reduce", &NativePlan::reduce, py::arg("unscale"))
+      .def("apply", &NativePlan::apply, py::arg("control"))
+      .def_property_readonly("control", &NativePlan::control);
+
+  py::class_<CpuPlan, NativePlan>(module, "CpuPlan")
       .def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(),
            py::arg("rule"), py::arg("slots"), py::arg("param_groups"), py::arg("state"));
 
 #ifdef FUSEDOPT_WITH_CUDA
-  py::class_<CudaPlan, Plan>(module, "CudaPlan")
+  py::class_<CudaPlan, NativePlan>(module, "CudaPlan")
       .def(py::init<const std::string&, int, const py::list&, const py::list&, const py::dict&>(),
            py::arg("rule"), py::arg("device"), py::arg("slots"), py::arg("param_groups"),
            py::arg("state"));

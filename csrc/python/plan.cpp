@@ -245,7 +245,7 @@ bool Plan::take_gradient(size_t index, const at::Tensor& grad) {
   const bool as_before = impl.key_set() == slot.grad_keys && impl.dtype() == slot.grad_dtype &&
                          slot.dense && impl.sizes() == param.sizes() && same_strides(impl, param) &&
                          impl.device() == device_;
-  if (!as_before) return take_new_gradient(index, grad);
+  if (!as_before || rows_[index].layout != nullptr) return take_new_gradient(index, grad);
   TensorRow& row = rows_[index];
   // An empty tensor may have no memory, and a null gradient would mean that there is none.
   row.grad = row.numel == 0 ? row.step : first_byte(&impl);

@@ -1,6 +1,6 @@
 // The step plan: everything about a step that does not change from step to step, for the parameters
 // of one optimizer that one backend serves on one device. Built once, re-validated cheaply every
-// step; the backends derive from it.
+// step; the backends derive from it (native_plan.h, table_plan.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -41,18 +41,6 @@ class Plan {
   // nothing but the plan.
   std::optional<Attention> begin(const py::list& param_groups, const py::dict& state);
 
-  // Both passes. Inputs as in the optimizer: a missing grad_scale or found_inf is None;
-  // max_grad_norm None: no global norm.
-  virtual void step(const py::object& grad_scale, const py::object& found_inf,
-                    std::optional<double> max_grad_norm, bool skip_nonfinite) = 0;
-  // The passes one by one, for a norm that spans several plans. `reduce` returns (sum of squares,
-  // nonfinite) as float64[2].
-  virtual at::Tensor reduce(const at::Tensor& unscale) = 0;
-  virtual void apply(const at::Tensor& control) = 0;
-
-  // float64[5], in the order of StepControl: what the last step left.
-  const at::Tensor& control() const { return control_; }
-
  protected:
   Table table() const;
   const std::vector<Piece>& pieces() const { return pieces_; }
@@ -67,8 +55,10 @@ class Plan {
   uint64_t rows_version() const { return rows_version_; }
   // Whether the backend has a kernel for the types of this row.
   virtual bool serves(const TensorRow& /*row*/) const { return true; }
-
-  at::Tensor control_;
+  // Whether the state of a row exists; without, the row describes no more than its parameter.
+  bool has_state(size_t index) const { return slots_[index].ready; }
+  // Whether the row's gradient type means anything yet.
+  bool has_seen_gradient(size_t index) const { return slots_[index].grad_seen; }
 
  private:
   // A tensor that a row points into, with what must not change under it.

@@ -25,6 +25,20 @@ std::optional<DType> dtype_of(const at::Tensor& tensor) {
   }
 }
 
+at::ScalarType scalar_type_of(DType type) {
+  switch (type) {
+    case DType::kFloat32:
+      return at::kFloat;
+    case DType::kFloat64:
+      return at::kDouble;
+    case DType::kFloat16:
+      return at::kHalf;
+    case DType::kBFloat16:
+      return at::kBFloat16;
+  }
+  TORCH_INTERNAL_ASSERT(false, "no such number type");
+}
+
 void write_layout(const std::vector<const at::Tensor*>& operands, std::vector<int64_t>& layout) {
   const at::Tensor& first = *operands.front();
   const int64_t ndim = first.dim();
@@ -40,7 +54,8 @@ void write_layout(const std::vector<const at::Tensor*>& operands, std::vector<in
 
 std::string describe(const at::Tensor& tensor) {
   std::ostringstream text;
-  text << c10::toString(tensor.scalar_type()) << " " << tensor.sizes() << " on " << tensor.device();
+  text << c10::getDtypeNames(tensor.scalar_type()).first << " " << tensor.sizes() << " on "
+       << tensor.device();
   return text.str();
 }
 

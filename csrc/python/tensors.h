@@ -17,6 +17,9 @@ const at::Tensor* as_tensor(PyObject* object);
 // Our number type, or nothing for a type that no kernel reads.
 std::optional<DType> dtype_of(const at::Tensor& tensor);
 
+// torch's name for one of our number types.
+at::ScalarType scalar_type_of(DType type);
+
 // Whether two tensors of the same shape place their elements in the same order with the same
 // strides.
 inline bool same_strides(const c10::TensorImpl& a, const c10::TensorImpl& b) {

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from . import extension
+
 NAME = "triton"
 
 _MINIMUM = (3, 6)
@@ -57,7 +59,7 @@ def serves(device: torch.device) -> bool:
 def make_plan(
     rule: str,
     device: torch.device,
-    slots: list[tuple[int, torch.Tensor, torch.Tensor | None]],
+    slots: list[tuple[int, torch.Tensor, torch.Tensor]],
     param_groups: list[dict[str, Any]],
     state: dict[torch.Tensor, Any],
 ) -> Any:
@@ -75,4 +77,25 @@ def make_plan(
             " step); move the parameters to a GPU or use backend='auto'"
         )
     plan = importlib.import_module("fusedopt.kernels.plan")
-    return plan.TritonPlan(rule, device, slots, param_groups, state)
+    books = _make_books(rule, device, slots, param_groups, state)
+    return plan.TritonPlan(rule, device, books, len(param_groups))
+
+
+def host_path() -> str:
+    """Says what prepares a step on the host: the extension's code or Python's, and why."""
+    reason = extension.unavailable()
+    return "the extension" if reason is None else f"Python code: {reason}"
+
+
+def _make_books(
+    rule: str,
+    device: torch.device,
+    slots: list[tuple[int, torch.Tensor, torch.Tensor]],
+    param_groups: list[dict[str, Any]],
+    state: dict[torch.Tensor, Any],
+) -> Any:
+    """The books in C++ where there is an extension that fits this torch, else those in Python."""
+    if extension.unavailable() is None:
+        return extension.module().TablePlan(rule, device, slots, param_groups, state)
+    books = importlib.import_module("fusedopt.kernels.books")
+    return books.Books(rule, device, slots, param_groups, state)

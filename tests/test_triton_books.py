@@ -1,0 +1,260 @@
+"""The books of a Triton plan, in C++ and in Python: both must say the same of the same optimizer.
+
+No kernel runs here.
+"""
+
+import math
+from array import array
+
+import pytest
+import torch
+from table import CASES, make_params, set_grads
+
+pytest.importorskip("triton")
+
+from fusedopt.kernels import layout
+from fusedopt.kernels.books import Books
+from fusedopt.kernels.identity import identities, values_of
+from fusedopt.kernels.layout import Likeness
+
+from fusedopt.backends import extension
+
+RULES = {"AdamW": "adam"}
+SHAPES = ((3, 5), (70,), (), (0,), (4, 6))
+
+needs_extension = pytest.mark.skipif(
+    extension.unavailable() is not None, reason=str(extension.unavailable())
+)
+
+
+class Twins:
+    """One optimizer's parameters, groups and state in both kinds of books."""
+
+    def __init__(self, entry, options, **extras):
+        self.params = make_params(SHAPES)
+        groups = [{"params": self.params[:3]}, {"params": self.params[3:], "lr": 0.25}]
+        ours = {"decoupled_weight_decay": options.get("decoupled_weight_decay", False), **extras}
+        stock = entry.stock(groups, **{k: v for k, v in options.items() if k not in ours})
+        self.groups = stock.param_groups
+        for group in self.groups:
+            group.update(ours)
+        set_grads(self.params, 1)
+        stock.step()
+        self.state = dict(stock.state)
+        for entries in self.state.values():
+            entries.pop("step", None)
+        self.counters = torch.zeros(len(SHAPES))
+        self.rule = RULES.get(entry.name, entry.name.lower())
+        self.make()
+
+    def make(self):
+        """Makes the books anew."""
+        slots = [
+            (index, param, self.counters[i])
+            for i, (index, param) in enumerate(
+                (index, param)
+                for index, group in enumerate(self.groups)
+                for param in group["params"]
+            )
+        ]
+        device = torch.device("cpu")
+        native = extension.module().TablePlan
+        self.books = [
+            kind(self.rule, device, slots, self.groups, self.state) for kind in (native, Books)
+        ]
+
+    def begin(self):
+        """What both say at the beginning of a step, which must be the same."""
+        said = []
+        for books in self.books:
+            try:
+                said.append(books.begin(self.groups, self.state))
+            except (KeyError, TypeError, ValueError) as error:
+                said.append((type(error), str(error)))
+        native, python = said
+        if native is None or python is None or isinstance(native[0], type):
+            assert native == python
+        else:
+            assert [native[0], *map(ids, native[1:])] == [python[0], *map(ids, python[1:])]
+        return native
+
+    def assert_same(self):
+        """Rows and words agree."""
+        native, python = (books.rows() for books in self.books)
+        for ours, theirs in zip(native, python, strict=True):
+            assert (*ours[:3], *ours[4:]) == (*theirs[:3], *theirs[4:])
+            # In C++ strides of operands that the row lacks follow.
+            assert bool(ours[3]) == bool(theirs[3])
+            assert ours[3][: len(theirs[3])] == theirs[3]
+        words = [array("q", [7] * 100) for _ in self.books]
+        ranges = [books.write(each) for books, each in zip(self.books, words, strict=True)]
+        assert words[0] == words[1]
+        assert ranges[0] == ranges[1]
+
+
+def ids(tensors):
+    """Tensors have no equality to compare by."""
+    return list(map(id, tensors))
+
+
+@needs_extension
+@pytest.mark.parametrize("entry, options", **CASES)
+def test_rows_and_words_are_the_same(entry, options):
+    """For every rule and variant, with limits, missing gradients, other layouts and types."""
+    twins = Twins(entry, options, max_grad_value=0.5)
+    assert twins.begin() is None
+    twins.assert_same()
+    twins.groups[0]["max_grad_norm_per_param"] = torch.tensor(2.0)
+    twins.groups[1]["lr"] = torch.tensor(0.125)
+    twins.params[1].grad = None
+    twins.params[0].grad = twins.params[0].grad.t().contiguous().t()
+    twins.params[4].grad = None
+    set_grads(twins.params[4:], 2, dtype=torch.bfloat16)
+    assert twins.begin() is None
+    twins.assert_same()
+    set_grads(twins.params[:3], 2)
+    assert twins.begin() is None
+    twins.assert_same()
+
+
+@needs_extension
+def test_words_tell_what_changed():
+    """The range is the smallest; words behind the gradients' are left alone."""
+    entry, options = CASES["argvalues"][0]
+    twins = Twins(entry, options)
+    count = 2 * 16 + len(SHAPES)
+    for books in twins.books:
+        set_grads(twins.params, 2)
+        words = array("q", [5] * (count + 3))
+        books.begin(twins.groups, twins.state)
+        assert books.write(words) == (0, count)
+        assert list(words[count:]) == [5] * 3
+        assert words[32] == twins.params[0].grad.data_ptr()
+        assert books.write(words) == (0, 0)
+        twins.groups[1]["lr"] *= 2
+        twins.params[1].grad = None
+        books.begin(twins.groups, twins.state)
+        assert books.write(words) == (16, 34)
+        assert words[33] == 0
+    with pytest.raises(ValueError, match=r"words has 3 items of 8 bytes; expected at least 37"):
+        twins.books[0].write(array("q", [0] * 3))
+
+
+@needs_extension
+def test_the_version_of_the_rows():
+    """Changes with types and layouts of gradients, not with their addresses."""
+    twins = Twins(*CASES["argvalues"][0])
+    for books in twins.books:
+        set_grads(twins.params, 3)
+        books.begin(twins.groups, twins.state)
+        before = books.rows_version
+        set_grads(twins.params, 4)
+        books.begin(twins.groups, twins.state)
+        assert books.rows_version == before
+        for change in (lambda g: g.t().contiguous().t(), lambda g: g.contiguous()):
+            twins.params[4].grad = change(twins.params[4].grad)
+            books.begin(twins.groups, twins.state)
+            assert books.rows_version > before
+            before = books.rows_version
+
+
+@needs_extension
+def test_parameters_without_state_have_no_row():
+    """They are reported when a gradient comes, and cost nothing until then."""
+    twins = Twins(*CASES["argvalues"][0])
+    del twins.state[twins.params[1]]
+    twins.params[1].grad = None
+    twins.make()
+    assert twins.begin() is None
+    assert all(len(books.rows()) == len(SHAPES) - 1 for books in twins.books)
+    twins.assert_same()
+    set_grads(twins.params, 5)
+    assert twins.begin() is not None
+
+
+def give(param, grad):
+    """Sets a gradient of another type."""
+    param.grad = None
+    param.grad_dtype = None
+    param.grad = grad
+
+
+SPOILERS = {
+    "text": lambda twins: twins.groups[0].update(lr="fast"),
+    "several numbers": lambda twins: twins.groups[1].update(eps=torch.ones(2)),
+    "no number": lambda twins: twins.groups[0].update(betas=(0.9, None)),
+    "missing key": lambda twins: twins.groups[0].pop("weight_decay"),
+    "missing flag": lambda twins: twins.groups[1].pop("amsgrad"),
+    "limit": lambda twins: twins.groups[1].update(max_grad_value=-2),
+    "limit nan": lambda twins: twins.groups[0].update(max_grad_norm_per_param=math.nan),
+    "shape": lambda twins: setattr(twins.params[4].grad, "data", torch.zeros(6, 4)),
+    "type": lambda twins: give(twins.params[4], torch.zeros(4, 6, dtype=torch.int32)),
+    "sparse": lambda twins: setattr(twins.params[1], "grad", twins.params[1].grad.to_sparse()),
+    "negated": lambda twins: setattr(
+        twins.params[1], "grad", torch._neg_view(twins.params[1].grad)
+    ),
+    "dropped": lambda twins: twins.state.pop(twins.params[0]),
+    "none of ours": lambda twins: twins.groups[0].pop("decoupled_weight_decay"),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
+def test_the_same_is_said(spoil):
+    """The same error with the same text, or the same list of what is to be done."""
+    twins = Twins(*CASES["argvalues"][0])
+    assert twins.begin() is None
+    spoil(twins)
+    twins.begin()
+
+
+@needs_extension
+def test_the_same_is_said_of_state_that_does_not_fit():
+    """While the books are made."""
+    twins = Twins(*CASES["argvalues"][0])
+    twins.state[twins.params[0]]["exp_avg"] = torch.zeros(4)
+    slots = [(0, twins.params[0], twins.counters[0])]
+    texts = []
+    for kind in (extension.module().TablePlan, Books):
+        with pytest.raises(ValueError, match="exp_avg") as caught:
+            kind("adam", torch.device("cpu"), slots, twins.groups, twins.state)
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_likeness(monkeypatch, in_one_call):
+    """Told from everything else, with torch's guards and without; addresses do not matter."""
+    if not in_one_call:
+        monkeypatch.setattr(layout, "_TensorGuards", None)
+    tensors = [torch.zeros(4, 6), torch.zeros(()), torch.zeros(0)]
+    likeness = Likeness(tensors)
+    assert likeness.match([torch.ones(4, 6), torch.ones(()), torch.ones(0)])
+    for other in (
+        None,
+        torch.zeros(6, 4),
+        torch.zeros(6, 4).t(),
+        torch.zeros(24),
+        torch.zeros(4, 6, dtype=torch.float64),
+        torch.zeros(4, 6, device="meta"),
+        torch.zeros(4, 6).to_sparse(),
+        torch._neg_view(torch.zeros(4, 6)),
+        torch._efficientzerotensor((4, 6)),
+    ):
+        assert not likeness.match([other, *tensors[1:]])
+    twice = [tensors[0], tensors[0]]
+    assert Likeness(twice).match(twice)
+    assert Likeness([]).match([])
+
+
+def test_identities():
+    """Told by address alone: equal tensors are not the same, and nothing is compared by value."""
+    ones = [torch.ones(()) for _ in range(3)]
+    entries = [{"a": ones[0], "b": ones[1]}, {}, {"c": ones[2]}]
+    assert [id(value) for value in values_of(entries)] == ids(ones)
+    before = identities(tuple(ones))
+    assert before == identities(tuple(ones))
+    assert before != identities((ones[0], ones[2], ones[1]))
+    assert before != identities(tuple(ones[:2]))
+    entries[2]["c"] = torch.ones(())
+    assert identities(values_of(entries)) != before
