@@ -74,15 +74,17 @@ class Bandwidth:
         self._source, self._target = _buffers(device)
         self._copies: list[float] = []
         self._updates: list[float] = []
+        self._reads: list[float] = []
 
     def sample(self) -> None:
-        """Times one copy, and one update in place, as an optimizer's are."""
+        """Times one copy, one update in place, as an optimizer's are, and one reading."""
         # A GPU needs several in a row, or the launch shows.
         repeats = 5 if self._device == "cuda" else 1
-        bytes_moved = 2 * self._source.nbytes * repeats
-        for samples, work in (
-            (self._copies, lambda: self._target.copy_(self._source)),
-            (self._updates, lambda: self._target.add_(1.0)),
+        once = self._source.nbytes * repeats
+        for samples, bytes_moved, work in (
+            (self._copies, 2 * once, lambda: self._target.copy_(self._source)),
+            (self._updates, 2 * once, lambda: self._target.add_(1.0)),
+            (self._reads, once, lambda: self._source.sum()),
         ):
             synchronize(self._device)
             start = time.perf_counter()
@@ -96,6 +98,7 @@ class Bandwidth:
         return {
             "copy_gb_per_s": statistics.median(self._copies),
             "inplace_gb_per_s": statistics.median(self._updates),
+            "read_gb_per_s": statistics.median(self._reads),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,20 @@ def _share(case: str, ours: str, limit: str) -> Measure:
     def measure(machine: Machine) -> float | None:
         record = machine.cell(case).get(ours)
         return None if record is None else record.gb_per_s / record.info[limit]
+
+    return measure
+
+
+def _clip_share(case: str, ours: str) -> Measure:
+    def measure(machine: Machine) -> float | None:
+        cell = machine.cell(case)
+        if ours not in cell or f"{ours}-unclipped" not in cell:
+            return None
+        clipped, plain = cell[ours], cell[f"{ours}-unclipped"]
+        rounds = zip(clipped.samples, plain.samples, strict=True)
+        seconds = statistics.median(longer - shorter for longer, shorter in rounds)
+        moved = clipped.info["bytes_per_step"] - plain.info["bytes_per_step"]
+        return moved / seconds / 1e9 / clipped.info["read_gb_per_s"]
 
     return measure
 
@@ -88,8 +103,11 @@ def _cpu() -> Iterator[Target]:
     chain = "torch fused, unscale_, clip_grad_norm_, scaler.step"
     yield _row(f"{_CHAIN}, {_GPT2}", chain, (1.7, 1.9), ratio("AdamW-chain-gpt2", _FUSED))
     yield _row(f"{_CHAIN}, {_TINY}", chain, (45, 90), ratio("AdamW-chain-tiny1000", _FUSED))
-    unclipped = ratio("AdamW-clip-gpt2", (f"{ours}-unclipped",))
+    clip = "AdamW-clip-gpt2"
+    unclipped = ratio(clip, (f"{ours}-unclipped",))
     yield _row(f"AdamW with clip, {_GPT2}", "ours without clip", (0.85, 0.88), unclipped)
+    share = _clip_share(f"{clip}-float32", ours)
+    yield _row("what that clip adds, bytes per second", "torch.sum", (1.0, None), share)
 
 
 def _gpu() -> Iterator[Target]:

@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from fusedopt.kernels.identity import identities
 from torch import Tensor
 
 ParamGroups = Sequence[Mapping[str, Any]]
@@ -31,6 +30,14 @@ class GroupRow(NamedTuple):
     max_grad_value: float
     max_grad_norm_per_param: float
     lr: tuple[int, torch.dtype] | None
+
+
+def same(now: Any, then: Sequence[Any]) -> bool:
+    """Whether two collections hold the same objects in the same order.
+
+    Comparing tensors by value would synchronise.
+    """
+    return len(now) == len(then) and all(map(is_, now, then))
 
 
 class Groups:
@@ -52,7 +59,6 @@ class Groups:
         names = dict.fromkeys(name.partition(".")[0] for name in (*rule.HYPER, *rule.VARIANTS))
         self._keys = (*names, "max_grad_value", "max_grad_norm_per_param")
         self._members = [tuple(group["params"]) for group in param_groups]
-        self._identities = list(map(identities, self._members))
         self._values = [self._read(group) for group in param_groups]
         self.variants = [self._variant(i, group) for i, group in enumerate(param_groups)]
         self.rows = [self._resolve(i, group) for i, group in enumerate(param_groups)]
@@ -63,12 +69,12 @@ class Groups:
             return None
         changed = False
         for index, group in enumerate(param_groups):
-            if identities(tuple(group["params"])) != self._identities[index]:
+            if not same(group["params"], self._members[index]):
                 return None
             values = self._read(group)
             # A tensor or a list may have been changed in place.
             mutable = any(isinstance(value, (Tensor, list)) for value in values)
-            if not mutable and all(map(is_, values, self._values[index])):
+            if not mutable and same(values, self._values[index]):
                 continue
             if self._variant(index, group) != self.variants[index]:
                 return None

@@ -306,6 +306,21 @@ def test_same_address_other_meaning(entry, backend):
     assert_close(runs[1].tensors(), runs[0].tensors())
 
 
+@BACKENDS
+def test_betas_in_a_list_changed_in_place(backend):
+    """Some frameworks keep them in one, and a scheduler of momentum may write into it."""
+    entry = TABLE["AdamW"]
+    start = make_params(SHAPES, device=device_of(backend))
+    runs = run_stock(entry, start), run_fused(entry, start, backend)
+    for run in runs:
+        group = run.optimizer.param_groups[0]
+        group["betas"] = list(group["betas"])
+        run.steps(2)
+        group["betas"][0] = 0.5
+        run.steps(2, first=10)
+    assert_close(runs[1].tensors(), runs[0].tensors())
+
+
 @OURS
 @BACKENDS
 def test_group_settings_are_read_every_step(entry, backend):

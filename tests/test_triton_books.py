@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 
 from fusedopt.kernels import layout
 from fusedopt.kernels.books import Books
-from fusedopt.kernels.identity import identities, values_of
 from fusedopt.kernels.layout import Likeness
 
 from fusedopt.backends import extension
@@ -245,16 +244,3 @@ def test_likeness(monkeypatch, in_one_call):
     twice = [tensors[0], tensors[0]]
     assert Likeness(twice).match(twice)
     assert Likeness([]).match([])
-
-
-def test_identities():
-    """Told by address alone: equal tensors are not the same, and nothing is compared by value."""
-    ones = [torch.ones(()) for _ in range(3)]
-    entries = [{"a": ones[0], "b": ones[1]}, {}, {"c": ones[2]}]
-    assert [id(value) for value in values_of(entries)] == ids(ones)
-    before = identities(tuple(ones))
-    assert before == identities(tuple(ones))
-    assert before != identities((ones[0], ones[2], ones[1]))
-    assert before != identities(tuple(ones[:2]))
-    entries[2]["c"] = torch.ones(())
-    assert identities(values_of(entries)) != before

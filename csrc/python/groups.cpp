@@ -92,7 +92,7 @@ bool Groups::refresh(PyObject* param_groups) {
       if (PyList_GET_ITEM(list, k) != group.members[k]) return false;
     }
 
-    if (unchanged && !group.holds_tensors) continue;
+    if (unchanged && !group.holds_mutable) continue;
     const GroupRow row = read_row(i);
     if (row.variant != rows_[i].variant) return false;
     changed_ |= std::memcmp(&row, &rows_[i], sizeof(row)) != 0;
@@ -108,7 +108,7 @@ GroupRow Groups::read_row(size_t index) {
   GroupRow row;
   std::memset(&row, 0, sizeof(row));  // padding too: rows are compared as bytes
   Group& group = groups_[index];
-  group.holds_tensors = false;
+  group.holds_mutable = false;
   for (size_t k = 0; k < hyper_.size(); ++k) {
     const Key& key = hyper_[k];
     if (key.name == kLr && !device_.is_cpu()) {
@@ -116,7 +116,7 @@ GroupRow Groups::read_row(size_t index) {
       if (lr != nullptr && lr->device() == device_ && lr->numel() == 1 && dtype_of(*lr)) {
         row.lr = lr->const_data_ptr();
         row.lr_type = *dtype_of(*lr);
-        group.holds_tensors = true;
+        group.holds_mutable = true;
         continue;
       }
     }
@@ -148,20 +148,21 @@ double Groups::read_number(size_t index, const Key& key) {
   if (value == nullptr) return 0.0;
   py::object element;
   if (key.index >= 0) {
+    if (!PyTuple_Check(value)) groups_[index].holds_mutable = true;
     element = py::reinterpret_steal<py::object>(PySequence_GetItem(value, key.index));
     if (!element) throw py::error_already_set();
     value = element.ptr();
   }
   if (is_plain_number(value)) return PyFloat_AsDouble(value);
   return to_double(value, "'" + key_text(key.name) + "' of param group " + std::to_string(index),
-                   groups_[index].holds_tensors);
+                   groups_[index].holds_mutable);
 }
 
 double Groups::read_limit(size_t index, PyObject* name) {
   PyObject* value = lookup(index, name, false);
   if (value == nullptr || value == Py_None) return INFINITY;
   const std::string what = "'" + key_text(name) + "' of param group " + std::to_string(index);
-  const double limit = to_double(value, what, groups_[index].holds_tensors);
+  const double limit = to_double(value, what, groups_[index].holds_mutable);
   if (!(limit > 0.0)) {
     throw py::value_error(what + " is " + std::to_string(limit) +
                           "; expected a number above 0, or None for no limit");

@@ -34,7 +34,7 @@ class Groups {
     py::list params;
     std::vector<PyObject*> members;  // borrowed: `params`, or the plan that owns us, keeps them
     DictGuard guard;
-    bool holds_tensors;  // a tensor may be filled in place: read it every step
+    bool holds_mutable;  // tensors or lists, which change in place: read them every step
   };
   struct Key {
     PyObject* name;  // interned, owned for ever: there is one set a rule
