@@ -22,7 +22,7 @@ from records import TORCH, Machine, Record, best, speed_up
 
 TITLES = {
     "speedup": "Speed-up over the best of torch.optim",
-    "bandwidth": "Bandwidth reached, against the memory's measured limit",
+    "bandwidth": "Bandwidth reached, beside the memory's own",
     "tensors": "Cost of a step against the number of tensors",
     "elements": "Cost of a step against the number of elements",
 }
@@ -168,8 +168,8 @@ def _draw_bandwidth(machine: Machine) -> Any:
     for row, case in enumerate(cases):
         record = machine.cells[case][machine.backend()]
         for key, style, label in (
-            ("inplace_gb_per_s", "-", "limit: update in place"),
-            ("copy_gb_per_s", ":", "limit: copy"),
+            ("inplace_gb_per_s", "-", "memory, updated in place"),
+            ("copy_gb_per_s", ":", "memory, copied"),
         ):
             axes.plot(
                 [record.info[key]] * 2,
@@ -218,10 +218,10 @@ def _draw_elements(machine: Machine) -> Any:
     records = sorted(next(iter(series.values())), key=lambda record: record.info["elements"])
     axes.plot(
         [record.info["elements"] for record in records],
-        [record.floor_seconds for record in records],
+        [record.memory_seconds for record in records],
         color=_INK,
         linestyle="--",
-        label="floor: bytes over the memory's limit",
+        label="bytes over the memory's speed",
     )
     cache = records[0].info["last_level_cache_bytes"]
     if cache is not None:
@@ -235,7 +235,7 @@ def _draw_elements(machine: Machine) -> Any:
             fontsize=8,
         )
     axes.set_xlabel("float32 elements in one tensor, AdamW alone")
-    _note(axes, "left, where lines are level: host work; right, along the floor: memory")
+    _note(axes, "left, where lines are level: host work; right, along the dashes: memory")
     axes.legend(fontsize=8)
     return figure
 

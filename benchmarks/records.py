@@ -35,14 +35,14 @@ class Record:
         return self.info["bytes_per_step"] / self.seconds / 1e9
 
     @property
-    def limit_gb_per_s(self) -> float:
+    def memory_gb_per_s(self) -> float:
         """What this machine's memory gave in the same rounds, copying or updating in place."""
         return max(self.info["copy_gb_per_s"], self.info["inplace_gb_per_s"])
 
     @property
-    def floor_seconds(self) -> float:
-        """Nothing that goes through memory can be faster."""
-        return self.info["bytes_per_step"] / self.limit_gb_per_s / 1e9
+    def memory_seconds(self) -> float:
+        """How long the bytes of the step take at that speed."""
+        return self.info["bytes_per_step"] / self.memory_gb_per_s / 1e9
 
     @property
     def in_cache(self) -> bool:

@@ -53,10 +53,6 @@ def _ours(machine: Machine, cell: Cell) -> Record | None:
     return best(cell, (machine.backend(), "fusedopt-triton"))
 
 
-def _share_of_limit(record: Record) -> str:
-    return "in cache" if record.in_cache else f"{record.gb_per_s / record.limit_gb_per_s:.0%}"
-
-
 def headline_table(machine: Machine) -> str:
     """Returns the README's table for a machine."""
     rows = []
@@ -71,10 +67,9 @@ def headline_table(machine: Machine) -> str:
                 duration(ours.seconds),
                 f"{duration(other.seconds)} ({other.name.removeprefix('torch-')})",
                 f"{_digits(speed_up(ours, other))}x",
-                _share_of_limit(ours),
             ]
         )
-    head = ["one step, float32", "fusedopt", "best of torch.optim", "speed-up", "of memory's limit"]
+    head = ["one step, float32", "fusedopt", "best of torch.optim", "speed-up"]
     return table(head, rows)
 
 
@@ -111,10 +106,10 @@ def case_tables(machine: Machine) -> str:
                 record = cell.get(name)
                 text = "" if record is None else duration(record.seconds)
                 times.append(f"**{text}**" if record and record.seconds == fastest else text)
-            floor = "in cache" if any_record.in_cache else duration(any_record.floor_seconds)
+            memory = "in cache" if any_record.in_cache else duration(any_record.memory_seconds)
             algorithm, _, *rest = case.split("-")
-            rows.append([f"{algorithm}, {', '.join(rest)}", floor, *times])
-        parts.append(f"#### {workload}\n\n{table(['case', 'floor', *names], rows)}")
+            rows.append([f"{algorithm}, {', '.join(rest)}", memory, *times])
+        parts.append(f"#### {workload}\n\n{table(['case', 'memory', *names], rows)}")
     return "\n\n".join(parts)
 
 

@@ -68,11 +68,8 @@ void update_uniform(const typename Rule::template Constants<T>& constants,
     // operands stay in flight together.
     constexpr int kFew = 64;
     T buffers[2 + array_length(kVariant)][kFew];
-    const std::array<T*, kMaxStates> staged = [&] {
-      std::array<T*, kMaxStates> of_states{};
-      for (int k = 0; k < kUsed; ++k) of_states[k] = buffers[2 + k];
-      return of_states;
-    }();
+    std::array<T*, kMaxStates> staged{};
+    for (int k = 0; k < kUsed; ++k) staged[k] = buffers[2 + k];
     for (int at = 0; at < piece.length; at += kFew) {
       const int count = std::min(kFew, piece.length - at);
       widen_run(param + at, count, buffers[0]);
