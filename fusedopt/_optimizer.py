@@ -194,12 +194,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- the step ----------------------------------------------------------------------------------
 
     @torch._disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Performs one optimization step.
 
         Args:
-            closure: Re-evaluates the model and returns the loss; called once, with gradients
-                enabled.
+            *args: ``closure``, if any: re-evaluates the model and returns the loss; called once,
+                with gradients enabled.
+            **kwargs: The same by name.
 
         Returns:
             What ``closure`` returned, or None.
@@ -208,13 +209,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: For a gradient whose shape, device or type does not fit its parameter.
                 Nothing has been changed then.
         """
-        watched = self._step_is_watched() and type(self).step is FusedOptimizer.step
-        step = _watched_step if watched else FusedOptimizer._unwatched_step
-        return step(self) if closure is None else step(self, closure)
+        # A subclass's own step, which called this one, has torch's wrapper around it already.
+        hooked = getattr(type(self).step, "hooked", False)
+        if self._step_is_watched() and not hooked:
+            return _watched_step(self, *args, **kwargs)
+        return self._unwatched_step(*args, **kwargs)
 
-    # torch wraps a step without this mark on first use. Its wrapper costs more than the step of a
-    # small model, also when there are no hooks and no profiler runs.
-    step.hooked = True  # type: ignore[attr-defined]
+    def _patch_step_function(self) -> None:
+        """Leaves out the wrapper that torch puts around a step, which ``step`` uses when needed.
+
+        It costs more than the step of a small model, also without hooks and profiler.
+        """
+        if type(self).step is not FusedOptimizer.step:
+            super()._patch_step_function()
+            return
+        self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
 
     def _step_is_watched(self) -> bool:
         """Whether hooks or a profiler wait for the step."""
@@ -236,6 +245,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._pipeline.step(self.skip_nonfinite)
         return loss
+
+    step.__signature__ = inspect.signature(_unwatched_step)  # type: ignore[attr-defined]
 
     @property
     def last_grad_norm(self) -> Tensor | None:

@@ -29,7 +29,7 @@ class Pipeline:
         # Weak, or a cycle would keep parameters and state alive until the collector runs.
         self._reference = weakref.ref(optimizer)
         self._plans: dict[torch.device, Any] | None = None
-        # The plan of all parameters, where there is just one.
+        # The plan of all parameters, where there is just one and nothing else to ask.
         self._only_plan: Any = None
         # A graph may have captured a plan that is gone, and writes to its control tensor.
         self._captured: list[Tensor] = []
@@ -129,7 +129,7 @@ class Pipeline:
                 " from another thread, and keep tensors under torch's names in optimizer.state"
             )
         assert self._plans is not None
-        if len(self._plans) == 1 and not self._torch_params:
+        if len(self._plans) == 1 and not self._torch_params and self._sharded is None:
             (self._only_plan,) = self._plans.values()
         foreign += [param for param in self._torch_params if param.grad is not None]
         foreign.sort(key=lambda param: self._order[param])

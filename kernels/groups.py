@@ -67,22 +67,20 @@ class Groups:
         """Whether any row has changed; None when parameters or variants are others."""
         if len(param_groups) != len(self._members):
             return None
-        changed = False
+        all_values, rows = list(self._values), list(self.rows)
         for index, group in enumerate(param_groups):
             if not same(group["params"], self._members[index]):
                 return None
             values = self._read(group)
-            # A tensor or a list may have been changed in place.
-            mutable = any(isinstance(value, (Tensor, list)) for value in values)
-            if not mutable and same(values, self._values[index]):
+            if same(values, self._values[index]) and not any(map(_may_change, values)):
                 continue
             if self._variant(index, group) != self.variants[index]:
                 return None
-            self._values[index] = values
-            row = self._resolve(index, group)
-            if row != self.rows[index]:
-                self.rows[index] = row
-                changed = True
+            all_values[index] = values
+            rows[index] = self._resolve(index, group)
+        # Only now: a value that is refused must be found again in the next step.
+        changed = rows != self.rows
+        self._values, self.rows = all_values, rows
         return changed
 
     def name_of(self, param: Tensor) -> str:
@@ -118,6 +116,13 @@ class Groups:
         if not isinstance(lr, Tensor) or lr.device != self._device or lr.device.type == "cpu":
             return None
         return (lr.data_ptr(), lr.dtype) if lr.numel() == 1 and lr.dtype in _LR_TYPES else None
+
+
+def _may_change(value: Any) -> bool:
+    """Whether a value can become another in place: a tensor, a list, a tuple that holds one."""
+    if isinstance(value, tuple):
+        return any(map(_may_change, value))
+    return not isinstance(value, (int, float, type(None)))
 
 
 def _number(index: int, group: Mapping[str, Any], name: str) -> float:

@@ -45,12 +45,13 @@ class Likeness:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._guards = _make_guards(tensors)
-        self._facts = None if self._guards is not None else list(map(_facts, tensors))
+        self._facts = list(map(_facts, tensors))
 
     def match(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether the tensors are the same in all this, one by one; None never is."""
-        if self._guards is not None:
-            return bool(self._guards.check(*tensors))
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        # The guards also tell whether autocast and the like are as they were.
         return list(map(_facts, tensors)) == self._facts
 
 

@@ -109,6 +109,38 @@ def test_hooks_fire_once_around_an_overridden_step(entry, backend):
     assert fired == ["pre", "begin", "end", "post"]
 
 
+def make_wrapped(base):
+    """A subclass whose step is the base's own in a decorator, as old code has it."""
+
+    class Wrapped(base):
+        step = torch.no_grad()(base.step)
+
+    return Wrapped
+
+
+@OURS
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_hooks_see_what_they_see_of_torchs_classes(entry, wrapped):
+    """Arguments as they were given, by position or name, also through a decorated step."""
+    seen = {}
+    for base in (entry.stock, entry.fused):
+        params = make_params(SHAPES)
+        optimizer = (make_wrapped(base) if wrapped else base)(params)
+        calls = seen.setdefault(base, [])
+        optimizer.register_step_pre_hook(
+            lambda opt, args, kwargs, calls=calls: calls.append((len(args), set(kwargs)))
+        )
+        optimizer.register_step_post_hook(
+            lambda opt, args, kwargs, calls=calls: calls.append((len(args), set(kwargs)))
+        )
+        set_grads(params, 0)
+        optimizer.step()
+        optimizer.step(lambda: None)
+        optimizer.step(None)
+        optimizer.step(closure=lambda: None)
+    assert seen[entry.fused] == seen[entry.stock]
+
+
 @OURS
 @BACKENDS
 def test_pre_hook_may_change_the_arguments_and_the_gradients(entry, backend):

@@ -297,8 +297,9 @@ def test_a_local_norm_over_fsdp_flat_parameters_is_refused(limits, backend):
     assert isinstance(shard, FlatParameter)
     shard.grad = torch.ones(3)
     optimizer = table.TABLE["SGD"].fused([shard], lr=1.0, backend=backend, **limits)
-    with pytest.raises(NotImplementedError, match="shard"):
-        optimizer.step()
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="shard"):
+            optimizer.step()
     assert bool((shard == 1).all())
 
 

@@ -8,7 +8,7 @@ from array import array
 
 import pytest
 import torch
-from table import CASES, make_params, set_grads
+from table import CASES, TABLE, make_params, set_grads
 
 pytest.importorskip("triton")
 
@@ -78,7 +78,7 @@ class Twins:
         return native
 
     def assert_same(self):
-        """Rows and words agree."""
+        """Rows and words agree; returns the words as numbers."""
         native, python = (books.rows() for books in self.books)
         for ours, theirs in zip(native, python, strict=True):
             assert (*ours[:3], *ours[4:]) == (*theirs[:3], *theirs[4:])
@@ -89,6 +89,7 @@ class Twins:
         ranges = [books.write(each) for books, each in zip(self.books, words, strict=True)]
         assert words[0] == words[1]
         assert ranges[0] == ranges[1]
+        return array("d", words[0].tobytes())
 
 
 def ids(tensors):
@@ -208,6 +209,32 @@ def test_the_same_is_said(spoil):
 
 
 @needs_extension
+def test_what_is_refused_is_refused_again():
+    """Nothing of a step that was refused is kept, and all of it is read when it is mended."""
+    twins = Twins(TABLE["AdamW"], {})
+    assert twins.begin() is None
+    twins.groups[0]["lr"], twins.groups[1]["max_grad_value"] = 0.5, -1.0
+    for books in (*twins.books, *twins.books):
+        with pytest.raises(ValueError, match="max_grad_value"):
+            books.begin(twins.groups, twins.state)
+    twins.groups[1]["max_grad_value"] = None
+    assert twins.begin() is None
+    assert twins.assert_same()[0] == 0.5
+
+
+@needs_extension
+def test_a_tensor_among_betas_is_read_every_step():
+    """Filled in place, which changes no dict."""
+    twins = Twins(TABLE["AdamW"], {})
+    beta = torch.tensor(0.25, dtype=torch.float64)
+    twins.groups[0]["betas"] = (beta, 0.5)
+    assert twins.begin() is None
+    beta.fill_(0.75)
+    assert twins.begin() is None
+    assert twins.assert_same()[4] == 0.75
+
+
+@needs_extension
 def test_the_same_is_said_of_state_that_does_not_fit():
     """While the books are made."""
     twins = Twins(*CASES["argvalues"][0])
@@ -241,6 +268,8 @@ def test_likeness(monkeypatch, in_one_call):
         torch._efficientzerotensor((4, 6)),
     ):
         assert not likeness.match([other, *tensors[1:]])
+    with torch.autocast("cpu"):
+        assert likeness.match(tensors)
     twice = [tensors[0], tensors[0]]
     assert Likeness(twice).match(twice)
     assert Likeness([]).match([])

@@ -19,7 +19,7 @@ constexpr int64_t kElementsPerThread = 8 * 1024;
 // 2 to 3 % faster than tasks of one.
 constexpr int64_t kSmallestTask = kPieceLength;
 constexpr int64_t kLargestTask = 16 * kPieceLength;
-constexpr int64_t kTasks = 64;
+constexpr int64_t kTasks = 256;
 // What handling a piece costs, in elements.
 constexpr int64_t kPieceOverhead = 64;
 

@@ -76,7 +76,6 @@ Groups::Groups(const RuleInfo& rule, c10::Device device, const py::list& param_g
 }
 
 bool Groups::refresh(PyObject* param_groups) {
-  changed_ = false;
   if (!PyList_Check(param_groups)) return false;
   if (static_cast<size_t>(PyList_GET_SIZE(param_groups)) != groups_.size()) return false;
   static PyObject* const kParams = intern("params");
@@ -95,7 +94,6 @@ bool Groups::refresh(PyObject* param_groups) {
     if (unchanged && !group.holds_mutable) continue;
     const GroupRow row = read_row(i);
     if (row.variant != rows_[i].variant) return false;
-    changed_ |= std::memcmp(&row, &rows_[i], sizeof(row)) != 0;
     rows_[i] = row;
   }
   return true;
@@ -105,8 +103,7 @@ GroupRow Groups::read_row(size_t index) {
   static PyObject* const kLr = intern("lr");
   static PyObject* const kMaxValue = intern("max_grad_value");
   static PyObject* const kMaxNorm = intern("max_grad_norm_per_param");
-  GroupRow row;
-  std::memset(&row, 0, sizeof(row));  // padding too: rows are compared as bytes
+  GroupRow row{};
   Group& group = groups_[index];
   group.holds_mutable = false;
   for (size_t k = 0; k < hyper_.size(); ++k) {

@@ -25,8 +25,6 @@ class Groups {
 
   const std::vector<GroupRow>& rows() const { return rows_; }
   const std::vector<PyObject*>& members(size_t group) const { return groups_[group].members; }
-  // Whether the last refresh changed a row.
-  bool changed() const { return changed_; }
 
  private:
   struct Group {
@@ -53,7 +51,6 @@ class Groups {
   std::vector<Key> variants_;
   std::vector<Group> groups_;
   std::vector<GroupRow> rows_;
-  bool changed_ = true;
 };
 
 // A Python number or 1-element tensor as a double; sets `is_tensor` for the latter. Raises
