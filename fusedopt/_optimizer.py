@@ -135,8 +135,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _always_decoupled(cls) -> bool:
         return issubclass(cls, torch.optim.AdamW)
 
-    # -- settings ----------------------------------------------------------------------------------
-
     @property
     def max_grad_norm(self) -> float | None:
         """Limit of the global gradient norm; see the class."""
@@ -156,8 +154,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def backend(self, value: str) -> None:
         self._backend = backends.check(value)
         self._pipeline.reset()
-
-    # -- groups ------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does, after checking our keys in it.
@@ -191,8 +187,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f" {type(self).__name__} always decouples it; use fusedopt.Adam for L2 weight decay"
             )
 
-    # -- the step ----------------------------------------------------------------------------------
-
     @torch._disable_dynamo
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Performs one optimization step.
@@ -210,8 +204,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 Nothing has been changed then.
         """
         # A subclass's own step, which called this one, has torch's wrapper around it already.
-        hooked = getattr(type(self).step, "hooked", False)
-        if self._step_is_watched() and not hooked:
+        if self._step_is_watched() and not getattr(type(self).step, "hooked", False):
             return _watched_step(self, *args, **kwargs)
         return self._unwatched_step(*args, **kwargs)
 
@@ -278,9 +271,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         assert self._pipeline.control is not None
         return result, self._pipeline.control[NONFINITE].to(torch.float32)
 
-    # -- torch's own rule, by class
-    # ------------------------------------------------------------------
-
     def _apply_torch_rule(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
         """Lets torch's rule update the parameters of ``group`` that have a gradient.
 
@@ -323,9 +313,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "If capturable=True, params and state_steps must be on supported devices:"
                     f" {supported}."
                 )
-
-    # -- checkpoints and pickles
-    # -----------------------------------------------------------------------
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:

@@ -107,8 +107,6 @@ class Pipeline:
         backend = backends.for_device(self._optimizer.backend, param.device)
         return "torch" if backend is None else backend.NAME
 
-    # -- validation ------------------------------------------------------------------------------
-
     def _validate(self) -> tuple[dict[torch.device, Any], list[Tensor]]:
         """Returns plans that hold for this step, and the parameters for torch's rules."""
         # A first look may find a plan outdated, a second state missing.
@@ -257,9 +255,6 @@ class Pipeline:
         for index, members in by_group.items():
             group = self._optimizer.param_groups[index]
             self._optimizer._create_state({**group, "params": members})
-
-    # -- torch's rules and several plans
-    # ------------------------------------------------------------
 
     def _step_together(
         self,
