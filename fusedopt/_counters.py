@@ -1,7 +1,9 @@
-"""The counters of applied steps: one small buffer for many parameters, a 0-dim view each."""
+"""The counters of applied steps: a 0-dim tensor for each parameter, which the kernels advance."""
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,69 +12,126 @@ from torch import Tensor
 
 
 class StepCounters:
-    """Hands out and keeps one float32 counter a parameter.
+    """Finds every parameter's counter.
 
-    Where torch's state has ``step``, that entry becomes the counter, so checkpoints hold what they
-    always held. A rule without ``step`` (SGD) has a hidden counter that says whether its momentum
-    buffer has been set: zero means not yet, as after a first step that was skipped.
+    Where torch's state has ``step``, that tensor is the counter. A rule without (SGD) has a hidden
+    one for each momentum buffer, which says whether the buffer has been set: zero means not yet, as
+    after a first step that was skipped. Without a buffer there is nothing to say, and all
+    parameters share a counter that nobody reads.
+
+    Args:
+        in_state: Whether the state of the optimizer has ``step``.
     """
 
-    def __init__(self) -> None:
-        self._views: dict[Tensor, Tensor] = {}
-        self._unset_buffers: dict[Tensor, Tensor] = {}
+    def __init__(self, in_state: bool) -> None:
+        self._in_state = in_state
+        # By the id of a buffer that is alive.
+        self._of_buffer: dict[int, Tensor] = {}
+        self._maybe_unset: set[int] = set()
+        # Plans point to these until they are made anew, whatever becomes of the buffers.
+        self._handed_out: list[Tensor | None] = []
 
-    def adopt(
-        self, params: Iterable[Tensor], state: dict[Tensor, Any], device: torch.device
-    ) -> None:
-        """Gives every parameter a counter on ``device`` and moves the ``step`` of its state there.
+    def hand_out(
+        self, params: Iterable[Tensor], state: dict[Tensor, Any]
+    ) -> dict[Tensor, Tensor | None]:
+        """Returns the counters of ``params``; None where the state of a parameter lacks its own.
 
-        A counter that a captured graph may hold is never moved: parameters that have one keep it.
+        A ``step`` that is on another device, of a type that kernels do not count in, or another
+        parameter's too, is replaced by a copy that fits.
         """
-        params = list(params)
-        new = [p for p in params if p not in self._views]
-        buffer = torch.zeros(len(new), dtype=torch.float32, device=device)
-        self._views.update((p, buffer[i]) for i, p in enumerate(new))
+        counters: dict[Tensor, Tensor | None] = {}
+        if not self._in_state:
+            unread: dict[torch.device, Tensor] = {}
+            for param in params:
+                buffer = state.get(param, {}).get("momentum_buffer")
+                if isinstance(buffer, Tensor):
+                    counters[param] = self._hidden(buffer)
+                else:
+                    counters[param] = unread.setdefault(param.device, _new_counter(0.0, param))
+            self._handed_out = list(counters.values())
+            return counters
+        seen: set[int] = set()
         for param in params:
-            counter = self._views[param]
             entries = state.get(param, {})
-            if "step" in entries:
-                if entries["step"] is not counter:
-                    counter.copy_(torch.as_tensor(entries["step"]).reshape(()))
-                    entries["step"] = counter
-                continue
-            buffer = entries.get("momentum_buffer")
-            if buffer is None:
-                counter.zero_()
-            elif buffer is not self._unset_buffers.get(param):
-                counter.fill_(1.0)
-                self._unset_buffers.pop(param, None)
-
-    def view(self, param: Tensor) -> Tensor:
-        """Returns the counter of a parameter that was adopted."""
-        return self._views[param]
+            step = entries.get("step")
+            if step is not None:
+                if not _counts(step, param.device) or step.data_ptr() in seen:
+                    step = entries["step"] = _counter_like(step, param.device)
+                seen.add(step.data_ptr())
+            counters[param] = step
+        return counters
 
     def host_steps(
         self, state: dict[Tensor, Any], params: Iterable[Tensor]
     ) -> dict[Tensor, Tensor]:
-        """Returns the ``step`` of these parameters in the CPU's memory, by one copy for all."""
-        counted = [
-            param
-            for param in params
-            if "step" in state.get(param, {}) and state[param]["step"].device.type != "cpu"
-        ]
-        if not counted:
-            return {}
-        copy = torch.stack([state[param]["step"] for param in counted]).cpu()
-        return {param: copy[i] for i, param in enumerate(counted)}
+        """Returns the ``step`` of these parameters in the CPU's memory, by one copy for each type.
 
-    def add_unset_buffer(self, param: Tensor, buffer: Tensor) -> None:
+        Parameters whose ``step`` is there already, or no tensor, are left out.
+        """
+        by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for param in params:
+            step = state.get(param, {}).get("step")
+            if isinstance(step, Tensor) and step.device.type != "cpu":
+                by_type[step.dtype].append(param)
+        steps: dict[Tensor, Tensor] = {}
+        for counted in by_type.values():
+            copy = torch.stack([state[param]["step"].reshape(()) for param in counted]).cpu()
+            # Each in memory of its own, or one that is saved alone would take all others along.
+            steps |= {param: copy[i].clone() for i, param in enumerate(counted)}
+        return steps
+
+    def add_unset_buffer(self, buffer: Tensor) -> None:
         """Notes that ``buffer`` is memory for a momentum that no step has set yet."""
-        self._unset_buffers[param] = buffer
+        self._hidden(buffer).zero_()
+        self._maybe_unset.add(id(buffer))
 
     def unset_buffers(self, state: dict[Tensor, Any]) -> list[Tensor]:
         """Returns the parameters whose momentum buffer is not set yet; may synchronise."""
-        for param, buffer in list(self._unset_buffers.items()):
-            moved_on = state.get(param, {}).get("momentum_buffer") is not buffer
-            if moved_on or (param in self._views and self._views[param].item() > 0):
-                del self._unset_buffers[param]
-        return list(self._unset_buffers)
+        if not self._maybe_unset:
+            return []
+        asked = {
+            param: id(entries["momentum_buffer"])
+            for param, entries in state.items()
+            if isinstance(entries, dict) and id(entries.get("momentum_buffer")) in self._maybe_unset
+        }
+        self._maybe_unset = {key for key in self._maybe_unset if self._of_buffer[key].item() == 0.0}
+        return [param for param, key in asked.items() if key in self._maybe_unset]
+
+    def _hidden(self, buffer: Tensor) -> Tensor:
+        """The counter of a momentum buffer; of one that is new here, as if it had been set."""
+        key = id(buffer)
+        counter = self._of_buffer.get(key)
+        if counter is None:
+            counter = self._of_buffer[key] = _new_counter(1.0, buffer)
+            weakref.finalize(buffer, self._forget, key).atexit = False
+        return counter
+
+    def _forget(self, key: int) -> None:
+        # What a plan takes for the same buffer, because it came to live in the same place, is not
+        # the one that no step had set.
+        self._of_buffer.pop(key).fill_(1.0)
+        self._maybe_unset.discard(key)
+
+
+def _counts(step: Any, device: torch.device) -> bool:
+    """Whether kernels on ``device`` can advance ``step`` where it is."""
+    return (
+        isinstance(step, Tensor)
+        and step.dim() == 0
+        and step.dtype in (torch.float32, torch.float64)
+        and step.device == device
+        and step.layout == torch.strided
+        and not step.requires_grad
+        and not step.is_inference()
+    )
+
+
+def _counter_like(step: Any, device: torch.device) -> Tensor:
+    """A counter on ``device`` that starts from ``step``, a number or a tensor of one element."""
+    value = torch.as_tensor(step, device=device).detach().reshape(())
+    narrow = value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return value.to(torch.float32 if narrow else torch.float64, copy=True)
+
+
+def _new_counter(value: float, neighbour: Tensor) -> Tensor:
+    return torch.full((), value, dtype=torch.float32, device=neighbour.device)

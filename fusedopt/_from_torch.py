@@ -23,9 +23,9 @@ _TWINS: dict[type, type[FusedOptimizer]] = {
 def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> Any:
     """Returns a fused twin of ``optimizer``: same parameters, same groups, same state tensors.
 
-    Training goes on where it was; only the tiny step counters move into a buffer of ours. Hooks are
-    not taken over, and a scheduler made for ``optimizer`` must be made again for the twin. Stop
-    using ``optimizer`` afterwards: both would write the same state.
+    Training goes on where it was; only step counters that are not on their parameter's device are
+    copied there. Hooks are not taken over, and a scheduler made for ``optimizer`` must be made
+    again for the twin. Stop using ``optimizer`` afterwards: both would write the same state.
 
     Args:
         optimizer: An instance of ``torch.optim.Adam``, ``AdamW``, ``SGD``, ``RMSprop``, ``Adagrad``

@@ -68,6 +68,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     #: The name of the rule in ``csrc/rules`` and ``kernels``.
     _rule: ClassVar[str]
+    #: Whether the state counts a parameter's steps.
+    _has_step: ClassVar[bool] = True
     #: Whether torch's own rule knows decoupled weight decay.
     _torch_decouples: ClassVar[bool] = False
     #: Whether torch's own rule can be captured on XLA devices.

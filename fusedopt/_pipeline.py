@@ -38,7 +38,7 @@ class Pipeline:
         self._order: dict[Tensor, int] = {}
         self._listed_twice = False
         self._sharded: Tensor | None = None
-        self.counters = StepCounters()
+        self.counters = StepCounters(optimizer._has_step)
         #: float64[5] in the order of ``StepControl``: what the last step left; None before the
         #: first.
         self.control: Tensor | None = None
@@ -198,12 +198,13 @@ class Pipeline:
             self._torch_params = [param for _, param in entries]
             return {}
         by_device, self._torch_params = self._route(entries)
+        native = [param for members in by_device.values() for _, param in members]
+        counters = self.counters.hand_out(native, optimizer.state)
         plans = {}
         for device, members in by_device.items():
             backend = backends.for_device(optimizer.backend, device)
             assert backend is not None
-            self.counters.adopt([param for _, param in members], optimizer.state, device)
-            slots = [(index, param, self.counters.view(param)) for index, param in members]
+            slots = [(index, param, counters[param]) for index, param in members]
             plans[device] = backend.make_plan(
                 optimizer._rule, device, slots, optimizer.param_groups, optimizer.state
             )
@@ -254,7 +255,14 @@ class Pipeline:
             by_group[self._group_of[param]].append(param)
         for index, members in by_group.items():
             group = self._optimizer.param_groups[index]
-            self._optimizer._create_state({**group, "params": members})
+            try:
+                self._optimizer._create_state({**group, "params": members})
+            except KeyError as error:
+                (name,) = error.args
+                raise KeyError(
+                    f"the state of a parameter of param group {index} has no {name!r}; load a whole"
+                    " checkpoint, or delete optimizer.state[parameter] to start it anew"
+                ) from error
 
     def _step_together(
         self,

@@ -38,8 +38,8 @@ def needs_torch_rule(param: Tensor, group: dict[str, Any], entries: dict[str, An
         or param.dtype not in _KERNEL_DTYPES
         or any(
             value.layout != torch.strided or value.dtype not in _KERNEL_DTYPES
-            for value in entries.values()
-            if isinstance(value, Tensor)
+            for name, value in entries.items()
+            if isinstance(value, Tensor) and name != "step"
         )
     )
 

@@ -43,12 +43,13 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """
 
     _rule = "sgd"
+    _has_step = False
 
     def _create_state(self, group: dict[str, Any]) -> None:
         for param in group["params"]:
             buffer = torch.zeros_like(param, memory_format=torch.preserve_format)
             self.state[param]["momentum_buffer"] = buffer
-            self._pipeline.counters.add_unset_buffer(param, buffer)
+            self._pipeline.counters.add_unset_buffer(buffer)
 
     def _check_for_torch(self, group: dict[str, Any]) -> None:
         """Torch's rule refuses nothing, and looking would leave empty entries in the state."""

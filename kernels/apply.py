@@ -26,12 +26,13 @@ from fusedopt.kernels.table import (
     PARAM,
     PIECES,
     STATE,
-    STEP,
     TENSOR_WORDS,
     arrive_last,
     load_hyper,
     load_piece,
+    load_step,
     operand_offsets,
+    store_step,
 )
 
 
@@ -107,9 +108,8 @@ def apply_kernel(
     grad_address = tl.load(grads_ptr + tensor)
     if (grad_address != 0) & (skip == 0):
         group_ptr = groups_ptr + tl.load(row_ptr + GROUP) * GROUP_WORDS
-        counter_ptr = tl.load(row_ptr + STEP).to(tl.pointer_type(tl.float32))
-        count = tl.load(counter_ptr) + 1.0
-        constants = CONSTANTS(load_hyper(group_ptr, HYPERS), count.to(tl.float64), T)
+        step = load_step(row_ptr)
+        constants = CONSTANTS(load_hyper(group_ptr, HYPERS), step, T)
         if coefs_ptr is not None:
             param_clip = tl.load(coefs_ptr + tensor)
         else:
@@ -171,4 +171,4 @@ def apply_kernel(
 
         # Every piece of the tensor reads the counter, so the last one to finish writes it.
         if arrive_last(tickets_ptr + 1 + tensor, tl.load(row_ptr + PIECES)):
-            tl.store(counter_ptr, count)
+            store_step(row_ptr, step)

@@ -20,8 +20,11 @@ from fusedopt.kernels.live import bring_up, encode_groups
 from fusedopt.kernels.pieces import Row
 from torch import Tensor
 
-Slot = tuple[int, Tensor, Tensor]
+Slot = tuple[int, Tensor, Tensor | None]
 State = Mapping[Tensor, dict[str, Any]]
+
+# The address of what has no element: 0 would mean that there is no gradient.
+_NOWHERE = 16
 
 # Called through map, which costs a third of a loop in Python.
 _values_of: Any = dict.values
@@ -34,9 +37,9 @@ class Books:
     Args:
         rule: name of the rule, as in ``fusedopt.kernels``.
         device: where all parameters are.
-        slots: (index of the group, parameter, counter of applied steps: a 0-dim float32 tensor on
-            the device). A parameter whose state is missing takes no part, and ``begin`` reports its
-            first gradient.
+        slots: (index of the group, parameter, counter of applied steps: a 0-dim float32 or float64
+            tensor on the device, or None). A parameter whose state or counter is missing takes no
+            part, and ``begin`` reports its first gradient.
         param_groups: the optimizer's groups.
         state: the optimizer's state; it is read, never written.
 
@@ -44,7 +47,7 @@ class Books:
         rows_version: another number after every ``begin`` that changed what ``rows`` returns.
 
     Raises:
-        ValueError: a counter or a state does not fit its parameter.
+        ValueError: a state does not fit its parameter.
     """
 
     def __init__(
@@ -70,12 +73,11 @@ class Books:
         self._states: list[tuple[Tensor, ...]] = []
         self._stateless: list[Tensor] = []
         self._entries: list[dict[str, Any]] = []
-        for index, (group, param, counter) in enumerate(slots):
-            self._check_counter(index, counter)
+        for group, param, counter in slots:
             entry = state.get(param, {})
             names = launch.state_names(self._rule, self._groups.variants[group])
             tensors: tuple[Any, ...] = tuple(entry.get(name) for name in names)
-            if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            if counter is None or not all(isinstance(tensor, Tensor) for tensor in tensors):
                 self._stateless.append(param)
                 continue
             for name, tensor in zip(names, tensors, strict=True):
@@ -95,13 +97,6 @@ class Books:
         self._grad_types = [param.dtype for param in self._params]
         self._grad_strides = [param.stride() for param in self._params]
         self._expect([], [])
-
-    def _check_counter(self, index: int, counter: Tensor) -> None:
-        if counter.dtype != torch.float32 or counter.dim() != 0 or counter.device != self._device:
-            raise ValueError(
-                f"the counter of slot {index} is {_describe(counter)}; expected a 0-dim float32 "
-                f"tensor on {self._device}"
-            )
 
     def _check_state(self, name: str, tensor: Tensor, param: Tensor) -> None:
         fits = tensor.shape == param.shape and tensor.device == param.device
@@ -227,8 +222,7 @@ class Books:
             return addresses
         column = [0] * len(self._params)
         for index, address in zip(self._active, addresses, strict=True):
-            # An empty tensor may have no memory, and 0 would mean that there is no gradient.
-            column[index] = address or self._counters[index].data_ptr()
+            column[index] = address or _NOWHERE
         return column
 
     def rows(self) -> list[Row]:
@@ -242,6 +236,7 @@ class Books:
             param.data_ptr(),
             tuple(state.data_ptr() for state in states),
             self._counters[index].data_ptr(),
+            self._counters[index].dtype,
             layout_words(param.shape, strides),
             param.numel(),
             self._group_of[index],

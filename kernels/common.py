@@ -10,14 +10,28 @@ import triton.language as tl
 
 @triton.jit
 def power(base, exponent):
-    """base^exponent by repeated squaring, in float64, with the multiplications of C++."""
+    """base^exponent for a base in [0, 1] and an exponent from 0 up, infinity and NaN included.
+
+    By repeated squaring, and for a fraction by repeated roots, in float64, with the operations of
+    C++ in their order.
+    """
+    # A power so high is 0, or 1.
+    endless = (exponent >= 2.0**62) | (exponent != exponent)
+    whole = tl.where(endless, 2.0**62, exponent).to(tl.int64)
+    fraction = tl.where(endless, 0.0, exponent - whole.to(tl.float64))
     result = base * 0.0 + 1.0
-    n = exponent.to(tl.int64)
+    part = tl.sqrt(base)
+    while fraction > 0.0:
+        fraction = fraction * 2.0
+        result = tl.where(fraction >= 1.0, result * part, result)
+        fraction = tl.where(fraction >= 1.0, fraction - 1.0, fraction)
+        part = tl.sqrt(part)
+    n = whole
     while n > 0:
         result = tl.where((n & 1) != 0, result * base, result)
         base = base * base
         n = n >> 1
-    return result
+    return tl.where(exponent != exponent, exponent, result)
 
 
 @triton.jit

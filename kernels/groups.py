@@ -12,11 +12,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from fusedopt.kernels import table
 from torch import Tensor
 
 ParamGroups = Sequence[Mapping[str, Any]]
-
-_LR_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class GroupRow(NamedTuple):
@@ -115,7 +114,11 @@ class Groups:
         lr = group.get("lr")
         if not isinstance(lr, Tensor) or lr.device != self._device or lr.device.type == "cpu":
             return None
-        return (lr.data_ptr(), lr.dtype) if lr.numel() == 1 and lr.dtype in _LR_TYPES else None
+        return (
+            (lr.data_ptr(), lr.dtype)
+            if lr.numel() == 1 and lr.dtype in table.NUMBER_TYPES
+            else None
+        )
 
 
 def _may_change(value: Any) -> bool:

@@ -10,12 +10,10 @@ from array import array
 from collections.abc import Iterable
 from itertools import count
 
-import torch
 from fusedopt.kernels import table
 from fusedopt.kernels.groups import GroupRow
 
 _GROUP = struct.Struct(f"={table.MAX_HYPER}d2d2q")
-_LR_TYPES = {getattr(torch, name): index for index, name in enumerate(table.LR_TYPES)}
 
 
 def encode_groups(rows: Iterable[GroupRow]) -> array[int]:
@@ -23,7 +21,7 @@ def encode_groups(rows: Iterable[GroupRow]) -> array[int]:
     words = array("q")
     for row in rows:
         unused = (0.0,) * (table.MAX_HYPER - len(row.hyper))
-        address, lr_type = (0, 0) if row.lr is None else (row.lr[0], _LR_TYPES[row.lr[1]])
+        address, lr_type = (0, 0) if row.lr is None else (row.lr[0], table.NUMBER_TYPES[row.lr[1]])
         limits = (row.max_grad_value, row.max_grad_norm_per_param)
         words.frombytes(_GROUP.pack(*row.hyper, *unused, *limits, address, lr_type))
     return words

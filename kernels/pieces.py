@@ -43,6 +43,7 @@ class Row(NamedTuple):
     param: int
     states: tuple[int, ...]
     step: int
+    step_type: torch.dtype
     layout: tuple[int, ...]
     numel: int
     group: int
@@ -97,6 +98,7 @@ def describe(rows: Sequence[Row], length: int) -> tuple[list[int], list[Launch],
         for state, address in enumerate(row.states):
             words[at + table.STATE.value + state] = address
         words[at + table.STEP.value] = row.step
+        words[at + table.STEP_TYPE.value] = table.NUMBER_TYPES[row.step_type]
         words[at + table.GROUP.value] = row.group
         words[at + table.PIECES.value] = len(begins)
         words[at + table.FIRST_PIECE.value] = count

@@ -5,31 +5,34 @@ integers are float64 stored by their bits. Gradient pointers stand in a column o
 they are what changes from step to step.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 MAX_STATES = 4
 MAX_HYPER = 12
 
-# A tensor row: the parameter, MAX_STATES states, the counter, the layout (0: every operand is dense
-# in the same order), the group's index, the number of pieces and the index of the first.
+# A tensor row: the parameter, MAX_STATES states, the counter and its type (as in NUMBER_TYPES), the
+# layout (0: every operand is dense in the same order), the group's index, the number of pieces and
+# the index of the first.
 PARAM = tl.constexpr(0)
 STATE = tl.constexpr(1)
 STEP = tl.constexpr(5)
-LAYOUT = tl.constexpr(6)
-GROUP = tl.constexpr(7)
-PIECES = tl.constexpr(8)
-FIRST_PIECE = tl.constexpr(9)
-TENSOR_WORDS = tl.constexpr(10)
+STEP_TYPE = tl.constexpr(6)
+LAYOUT = tl.constexpr(7)
+GROUP = tl.constexpr(8)
+PIECES = tl.constexpr(9)
+FIRST_PIECE = tl.constexpr(10)
+TENSOR_WORDS = tl.constexpr(11)
 
 # A group row: MAX_HYPER hyperparameters, the limits (infinity: none), the address of a learning
-# rate on the device (0: it is the first hyperparameter) and its type, an index into LR_TYPES.
+# rate on the device (0: it is the first hyperparameter) and its type, as in NUMBER_TYPES.
 MAX_GRAD_VALUE = tl.constexpr(12)
 MAX_GRAD_NORM_PER_PARAM = tl.constexpr(13)
 LR = tl.constexpr(14)
 LR_TYPE = tl.constexpr(15)
 GROUP_WORDS = tl.constexpr(16)
-LR_TYPES = ("float32", "float64", "float16", "bfloat16")
+NUMBER_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 # A piece: a run of consecutive elements of one tensor, what one program works on. An empty tensor
 # has one empty piece, so that its counter advances.
@@ -50,6 +53,27 @@ def load_piece(pieces_ptr, index):
     """(begin, length, tensor) of a piece."""
     ptr = pieces_ptr + index.to(tl.int64) * PIECE_WORDS
     return tl.load(ptr + BEGIN), tl.load(ptr + LENGTH), tl.load(ptr + TENSOR)
+
+
+@triton.jit
+def load_step(row_ptr):
+    """The number of the step under way: the counter plus 1, added in the counter's own type."""
+    address = tl.load(row_ptr + STEP)
+    if tl.load(row_ptr + STEP_TYPE) == 1:
+        step = tl.load(address.to(tl.pointer_type(tl.float64))) + 1.0
+    else:
+        step = (tl.load(address.to(tl.pointer_type(tl.float32))) + 1.0).to(tl.float64)
+    return step
+
+
+@triton.jit
+def store_step(row_ptr, step):
+    """Sets the counter to what ``load_step`` gave."""
+    address = tl.load(row_ptr + STEP)
+    if tl.load(row_ptr + STEP_TYPE) == 1:
+        tl.store(address.to(tl.pointer_type(tl.float64)), step)
+    else:
+        tl.store(address.to(tl.pointer_type(tl.float32)), step.to(tl.float32))
 
 
 @triton.jit

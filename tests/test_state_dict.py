@@ -294,7 +294,7 @@ def test_state_dict_hooks(entry):
 @OURS
 @BACKENDS
 def test_state_dict_is_small(entry, backend):
-    """The counters are views of one buffer, and a checkpoint holds that buffer once."""
+    """A checkpoint holds no more than torch's."""
     start = make_params([(1,)] * 200, device=device_of(backend))
     sizes = []
     for run in (run_stock(entry, start), run_fused(entry, start, backend)):

@@ -20,14 +20,29 @@ struct TensorRow {
   void* param;
   const void* grad;
   void* state[kMaxStates];
-  float* step;            // 0-dim counter of applied steps
+  void* step;             // 0-dim counter of applied steps, of step_type
   const int64_t* layout;  // null: every operand is dense in the same order; else see Layout
   int64_t numel;
   int32_t group;
   DType param_type;
   DType grad_type;
+  DType step_type;  // float32 or float64
   DType state_type[kMaxStates];
 };
+
+// The number of the step under way: the counter plus 1, added in the counter's own type.
+FUSEDOPT_NUMBERS_HD double next_step(const TensorRow& row) {
+  return row.step_type == DType::kFloat64 ? *static_cast<const double*>(row.step) + 1.0
+                                          : *static_cast<const float*>(row.step) + 1.0f;
+}
+
+FUSEDOPT_NUMBERS_HD void advance_step(const TensorRow& row) {
+  if (row.step_type == DType::kFloat64) {
+    *static_cast<double*>(row.step) += 1.0;
+  } else {
+    *static_cast<float*>(row.step) += 1.0f;
+  }
+}
 
 // The layout of a row whose operands are not all dense in one order: `ndim`, then `ndim` sizes,
 // then for each operand (param, grad, states) `ndim` strides, counted in elements. Elements are

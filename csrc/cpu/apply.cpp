@@ -164,7 +164,7 @@ void apply_piece(const Job& job, const TensorRow& row, const Piece& piece,
   const double param_clip = job.param_clips == nullptr ? 1.0 : job.param_clips[piece.tensor];
   const GradTransform<T> transform{T(job.control.unscale), T(group->max_grad_value), T(param_clip),
                                    T(job.control.clip)};
-  kUpdates[group->variant][job.transforms](cache.get(group, *row.step), transform, row, piece);
+  kUpdates[group->variant][job.transforms](cache.get(group, next_step(row)), transform, row, piece);
 }
 
 // Asks for the beginning of a small piece's memory while the one before is worked on; large pieces
@@ -174,6 +174,7 @@ __attribute__((always_inline)) inline void prefetch(const Job& job, const Piece&
   constexpr int kBytes = 256;
   const TensorRow& row = job.table.tensors[piece.tensor];
   if (row.grad == nullptr || piece.length > 1024) return;
+  __builtin_prefetch(row.step, 1);
   for (int at = 0; at < kBytes; at += 64) {
     __builtin_prefetch(static_cast<const char*>(row.param) + at, 1);
     __builtin_prefetch(static_cast<const char*>(row.grad) + at);

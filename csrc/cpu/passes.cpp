@@ -88,10 +88,10 @@ void apply(Job& job, size_t rule, int threads) {
   job.transforms = job.control.unscale != 1.0 || job.control.clip != 1.0 ||
                    job.param_clips != nullptr ||
                    any_group(table, [](const GroupRow& g) { return g.max_grad_value != INFINITY; });
-  for (int64_t i = 0; i < table.tensor_count; ++i) {
-    if (table.tensors[i].grad != nullptr) *table.tensors[i].step += 1.0f;
-  }
   for_each_task(job, threads, current_instruction_set().apply[rule]);
+  for (int64_t i = 0; i < table.tensor_count; ++i) {
+    if (table.tensors[i].grad != nullptr) advance_step(table.tensors[i]);
+  }
 }
 
 std::vector<int64_t> cut_tasks(const std::vector<Piece>& pieces) {

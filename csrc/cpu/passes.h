@@ -25,8 +25,8 @@ double reduce(Job& job, std::vector<double>& param_clips, int threads);
 // Settles clip, norm and skip from the sum that `reduce` (of one or several plans) found.
 void settle(StepControl& control, double sum_squares, const StepInputs& inputs);
 
-// Adds 1 to the counter of every row with a gradient and updates it; nothing at all when
-// control.skip is set.
+// Updates every row with a gradient, then adds 1 to its counter; nothing at all when control.skip
+// is set.
 void apply(Job& job, size_t rule, int threads);
 
 // Cuts [0, piece_count) into tasks of about equal work.

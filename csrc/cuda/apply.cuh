@@ -46,7 +46,7 @@ FUSEDOPT_DEVICE GradTransform<T> make_transform(const ApplyParams& params, const
 FUSEDOPT_DEVICE void advance_counters(const ApplyParams& params) {
   for (int64_t i = threadIdx.x; i < params.row_count; i += kThreads) {
     const int32_t tensor = params.rows[i];
-    if (params.table.grads[tensor] != nullptr) *params.table.tensors[tensor].step += 1.0f;
+    if (params.table.grads[tensor] != nullptr) advance_step(params.table.tensors[tensor]);
   }
 }
 
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   PieceNumbers<Types>& numbers = reinterpret_cast<PieceNumbers<Types>&>(shared);
   if (threadIdx.x == 0) {
     const GroupRow& group = params.table.groups[row.group];
-    const double step = static_cast<double>(*row.step + 1.0f);
+    const double step = next_step(row);
     new (shared) PieceNumbers<Types>{make_constants<Types>(group, step),
                                      make_transform<T>(params, group, piece.tensor),
                                      take_last_ticket(params.ticket, gridDim.x)};

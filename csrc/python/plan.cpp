@@ -53,6 +53,18 @@ const at::Tensor& grad_of(const c10::TensorImpl* param) {
   return meta == nullptr ? kNone : meta->grad_;
 }
 
+// The counter in a parameter's state; null when it has none.
+PyObject* step_of(PyObject* state) {
+  static PyObject* const kStep = PyUnicode_InternFromString("step");
+  PyObject* const step = PyDict_GetItemWithError(state, kStep);
+  if (step == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return step;
+}
+
+// Stands for the address of a gradient without elements, which may have no memory: null would mean
+// that there is no gradient.
+const void* const kNowhere = reinterpret_cast<const void*>(16);
+
 Attention rebuild() {
   Attention attention;
   attention.rebuild = true;
@@ -87,17 +99,18 @@ Plan::Plan(const std::string& rule, c10::Device device, const py::list& slots,
     Owned& owned = owned_[i];
     owned.param_object = param;
     owned.param = *as_tensor(param.ptr());
-    owned.counter_object = counter;
+    owned.counter = counter;
     TensorRow& row = rows_[i];
     row.group = group;
     row.param = owned.param.mutable_data_ptr();
     row.param_type = dtype_of(owned.param).value();
     row.numel = owned.param.numel();
-    row.step = as_tensor(counter.ptr())->mutable_data_ptr<float>();
-    owned.counter_storage = as_tensor(counter.ptr())->storage();
-    slots_[i].counter = as_tensor(counter.ptr())->unsafeGetTensorImpl();
-    slots_[i].counter_storage = owned.counter_storage.unsafeGetStorageImpl();
     slots_[i].watched[slots_[i].watched_count++] = Watched(owned.param);
+    if (const at::Tensor* tensor = as_tensor(counter.ptr())) {
+      row.step = tensor->mutable_data_ptr();
+      row.step_type = dtype_of(*tensor).value();
+      slots_[i].watched[slots_[i].watched_count++] = Watched(*tensor);
+    }
     adopt_state(i);
   }
   PyObject *key, *value;
@@ -121,6 +134,10 @@ void Plan::adopt_state(size_t index) {
   slot.state = PyDict_GetItemWithError(state_.ptr(), owned.param_object.ptr());
   if (slot.state == nullptr && PyErr_Occurred()) throw py::error_already_set();
   owned.state = py::reinterpret_borrow<py::object>(slot.state);
+  if (slot.state != nullptr) {
+    owned.step = step_of(slot.state);
+    slot.guard.arm(slot.state);
+  }
   for (size_t i = 0; i < rule_->states.size; ++i) {
     if (!wants_state(i, index)) continue;
     PyObject* const value =
@@ -143,8 +160,7 @@ void Plan::adopt_state(size_t index) {
     slot.watched[slot.watched_count++] = Watched(*tensor);
     owned.state_objects.push_back(py::reinterpret_borrow<py::object>(value));
   }
-  slot.ready = true;
-  if (slot.state != nullptr) slot.guard.arm(slot.state);
+  slot.ready = row.step != nullptr;
 }
 
 std::optional<Attention> Plan::begin(const py::list& param_groups, const py::dict& state) {
@@ -184,7 +200,6 @@ __attribute__((always_inline)) inline void Plan::prefetch(size_t index) const {
     const auto* const bytes = reinterpret_cast<const char*>(far.watched[i].impl);
     for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(bytes + at);
   }
-  __builtin_prefetch(far.counter);
   const Slot& near = slots_[index + kStorages];
   for (int i = 0; i < near.watched_count; ++i) {
     __builtin_prefetch(near.watched[i].impl->unsafe_storage().unsafeGetStorageImpl());
@@ -208,31 +223,32 @@ bool Plan::state_dict_holds() {
 }
 
 // Whether a parameter, its state and its counter are still the tensors, in the memory, that the row
-// describes. The counter is a view of a buffer of ours: one look at its storage is enough.
+// describes.
 bool Plan::slot_holds(size_t index) {
   const Slot& slot = slots_[index];
   for (int i = 0; i < slot.watched_count; ++i) {
     if (!slot.watched[i].unchanged()) return false;
   }
-  if (slot.counter->unsafe_storage().unsafeGetStorageImpl() != slot.counter_storage) return false;
   return slot.state == nullptr || slot.guard.unchanged(slot.state) || state_holds(index);
 }
 
-// Whether optimizer.state[parameter] still holds the same tensors.
+// Whether optimizer.state[parameter], which was written to, still holds the same tensors, and still
+// lacks what it lacked.
 bool Plan::state_holds(size_t index) {
   Slot& slot = slots_[index];
+  if (step_of(slot.state) != owned_[index].step) return false;
   const auto& objects = owned_[index].state_objects;
   size_t k = 0;
-  for (size_t i = 0; i < state_names_.size() && k < objects.size(); ++i) {
+  for (size_t i = 0; i < state_names_.size(); ++i) {
     if (!wants_state(i, index)) continue;
     PyObject* const value = PyDict_GetItemWithError(slot.state, state_names_[i]);
     if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (k == objects.size()) {
+      if (value != nullptr && as_tensor(value) != nullptr) return false;
+      break;
+    }
     if (value != objects[k++].ptr()) return false;
   }
-  static PyObject* const kStep = PyUnicode_InternFromString("step");
-  PyObject* const step = PyDict_GetItemWithError(slot.state, kStep);
-  if (step == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  if (step != nullptr && step != owned_[index].counter_object.ptr()) return false;
   slot.guard.arm(slot.state);
   return true;
 }
@@ -247,8 +263,7 @@ bool Plan::take_gradient(size_t index, const at::Tensor& grad) {
                          impl.device() == device_;
   if (!as_before || rows_[index].layout != nullptr) return take_new_gradient(index, grad);
   TensorRow& row = rows_[index];
-  // An empty tensor may have no memory, and a null gradient would mean that there is none.
-  row.grad = row.numel == 0 ? row.step : first_byte(&impl);
+  row.grad = row.numel == 0 ? kNowhere : first_byte(&impl);
   row.layout = nullptr;
   return true;
 }
@@ -265,7 +280,7 @@ bool Plan::take_new_gradient(size_t index, const at::Tensor& grad) {
                           describe(owned.param) +
                           ". Set parameter.grad = None and run backward again");
   }
-  row.grad = row.numel == 0 ? row.step : grad.const_data_ptr();
+  row.grad = row.numel == 0 ? kNowhere : grad.const_data_ptr();
   std::vector<int64_t> layout;
   const auto& param = *slot.watched[0].impl;
   if (!slot.dense || !same_strides(*grad.unsafeGetTensorImpl(), param)) {

@@ -29,9 +29,9 @@ struct Attention {
 
 class Plan {
  public:
-  // slots: a list of (index of the param group, parameter, counter), in the order of the
-  // parameters. param_groups and state are the optimizer's own. piece_length: how many elements
-  // make a unit of work.
+  // slots: a list of (index of the param group, parameter, counter or None where the state has
+  // none), in the order of the parameters. param_groups and state are the optimizer's own.
+  // piece_length: how many elements make a unit of work.
   Plan(const std::string& rule, c10::Device device, const py::list& slots,
        const py::list& param_groups, const py::dict& state, int32_t piece_length);
   virtual ~Plan() = default;
@@ -74,15 +74,13 @@ class Plan {
 
   // What the validation of a parameter touches in every step, kept small.
   struct Slot {
-    std::array<Watched, 1 + kMaxStates> watched;  // the parameter, its states
+    std::array<Watched, 2 + kMaxStates> watched;  // the parameter, its counter, its states
     int32_t watched_count = 0;
     bool ready = false;  // its state exists
     bool dense = false;  // parameter and states lie densely in the same order
     bool grad_seen = false;
     caffe2::TypeMeta grad_dtype;
     c10::DispatchKeySet grad_keys;  // of the gradient before: one like it needs no further look
-    const c10::TensorImpl* counter = nullptr;
-    const c10::StorageImpl* counter_storage = nullptr;
     PyObject* state = nullptr;
     DictGuard guard;
   };
@@ -92,8 +90,8 @@ class Plan {
   struct Owned {
     py::object param_object;
     at::Tensor param;
-    py::object counter_object;
-    c10::Storage counter_storage;
+    py::object counter;
+    PyObject* step = nullptr;  // the state's, which is the counter; null: it has none
     py::object state;
     std::vector<py::object> state_objects;
     std::vector<int64_t> layout;

@@ -65,7 +65,8 @@ py::tuple TablePlan::describe_row(size_t index) const {
     for (const int64_t* word = row.layout; word < end; ++word) layout.append(*word);
   }
   return py::make_tuple(address_of(row.param), py::tuple(states), address_of(row.step),
-                        py::tuple(layout), row.numel, row.group, variant, py::tuple(types));
+                        scalar_type_of(row.step_type), py::tuple(layout), row.numel, row.group,
+                        variant, py::tuple(types));
 }
 
 std::pair<size_t, size_t> TablePlan::write(const py::buffer& words) {

@@ -15,8 +15,8 @@ class TablePlan : public Plan {
             const py::list& param_groups, const py::dict& state);
 
   // A tuple for every parameter whose state exists, in the order of kernels/pieces.py's Row:
-  // (param, states, step, layout, numel, group, variant, types). The others would cost a program
-  // each and have nothing to update. Good until rows_version is another.
+  // (param, states, step, step type, layout, numel, group, variant, types). The others would cost a
+  // program each and have nothing to update. Good until rows_version is another.
   py::list rows() const;
 
   // Brings int64 words up to the step that began last: the group rows, each encoded as

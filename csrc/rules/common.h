@@ -32,19 +32,31 @@ constexpr int count_states(int variant) {
   return count;
 }
 
-// base^exponent by repeated squaring, in double: + - * / only, so that C++ and Triton agree to the
-// last bit.
+FUSEDOPT_HD float root(float x) { return sqrtf(x); }
+FUSEDOPT_HD double root(double x) { return sqrt(x); }
+
+// base^exponent for a base in [0, 1] and an exponent from 0 up, infinity and NaN included: by
+// repeated squaring, and for a fraction by repeated roots. In double and + - * / sqrt only, so that
+// C++ and Triton agree to the last bit.
 FUSEDOPT_HD double power(double base, double exponent) {
+  constexpr double kEndless = 0x1p62;  // such a power is 0, or 1
+  if (exponent != exponent) return exponent;
+  const int64_t whole = static_cast<int64_t>(exponent < kEndless ? exponent : kEndless);
+  double fraction = exponent < kEndless ? exponent - static_cast<double>(whole) : 0.0;
   double result = 1.0;
-  for (int64_t n = static_cast<int64_t>(exponent); n > 0; n >>= 1) {
+  for (double part = root(base); fraction > 0.0; part = root(part)) {
+    fraction *= 2.0;
+    if (fraction >= 1.0) {
+      result *= part;
+      fraction -= 1.0;
+    }
+  }
+  for (int64_t n = whole; n > 0; n >>= 1) {
     if (n & 1) result *= base;
     base *= base;
   }
   return result;
 }
-
-FUSEDOPT_HD float root(float x) { return sqrtf(x); }
-FUSEDOPT_HD double root(double x) { return sqrt(x); }
 
 // The larger of the two; NaN in either comes through (CUDA's fmaxf would drop it).
 template <typename T>

@@ -59,7 +59,7 @@ def serves(device: torch.device) -> bool:
 def make_plan(
     rule: str,
     device: torch.device,
-    slots: list[tuple[int, torch.Tensor, torch.Tensor]],
+    slots: list[tuple[int, torch.Tensor, torch.Tensor | None]],
     param_groups: list[dict[str, Any]],
     state: dict[torch.Tensor, Any],
 ) -> Any:
@@ -90,7 +90,7 @@ def host_path() -> str:
 def _make_books(
     rule: str,
     device: torch.device,
-    slots: list[tuple[int, torch.Tensor, torch.Tensor]],
+    slots: list[tuple[int, torch.Tensor, torch.Tensor | None]],
     param_groups: list[dict[str, Any]],
     state: dict[torch.Tensor, Any],
 ) -> Any:

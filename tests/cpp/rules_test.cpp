@@ -99,6 +99,17 @@ void test_helpers() {
   }
   CHECK(rules::power(0.999, 16777216.0) == 0.0, "underflows to zero after 2^24 steps");
   CHECK(rules::power(2.0, 30.0) == 1073741824.0, "exact powers are exact");
+  CHECK(rules::power(0.9, kInf) == 0.0 && rules::power(0.9, 1e20) == 0.0, "endless");
+  CHECK(rules::power(1.0, kInf) == 1.0, "one");
+  CHECK(std::isnan(rules::power(0.9, kNan)), "NaN");
+  for (const double base : {0.0, 0.5, 0.9, 0.999, 1.0}) {
+    for (const double x : {0.25, 0.5, 1.0 / 3.0, 2.75, 100.1, 1e-300}) {
+      const double expected = static_cast<double>(powl(base, x));
+      const double found = rules::power(base, x);
+      CHECK(std::fabs(found - expected) <= (x + 54) * 1.2e-16 * expected, "%g^%g = %.17g", base, x,
+            found);
+    }
+  }
 
   CHECK(rules::maximum(1.0f, 2.0f) == 2.0f && rules::maximum(2.0f, 1.0f) == 2.0f, "larger");
   CHECK(std::isnan(rules::maximum(kNan, 1.0)) && std::isnan(rules::maximum(1.0, kNan)), "NaN");
