@@ -12,17 +12,17 @@ import triton.language as tl
 MAX_STATES = 4
 MAX_HYPER = 12
 
-# A tensor row: the parameter, MAX_STATES states, the counter and its type (as in NUMBER_TYPES), the
-# layout (0: every operand is dense in the same order), the group's index, the number of pieces and
-# the index of the first.
+# A tensor row: the parameter, MAX_STATES states, the counter, the layout (0: every operand is dense
+# in the same order), the group's index, the number of pieces, the index of the first, and the type
+# of the counter, as in NUMBER_TYPES.
 PARAM = tl.constexpr(0)
 STATE = tl.constexpr(1)
 STEP = tl.constexpr(5)
-STEP_TYPE = tl.constexpr(6)
-LAYOUT = tl.constexpr(7)
-GROUP = tl.constexpr(8)
-PIECES = tl.constexpr(9)
-FIRST_PIECE = tl.constexpr(10)
+LAYOUT = tl.constexpr(6)
+GROUP = tl.constexpr(7)
+PIECES = tl.constexpr(8)
+FIRST_PIECE = tl.constexpr(9)
+STEP_TYPE = tl.constexpr(10)
 TENSOR_WORDS = tl.constexpr(11)
 
 # A group row: MAX_HYPER hyperparameters, the limits (infinity: none), the address of a learning
