@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +23,8 @@ def check_limit(name: str, value: Any, where: str) -> None:
     if value is None:
         return
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or math.isnan(value) or value <= 0:
+    # "not >" refuses NaN; an integer may lie between the largest float and infinity.
+    if not is_number or not value > 0 or sys.float_info.max < value < math.inf:
         raise ValueError(
             f"{name} is {value!r} {where}; expected a number above 0, or None for no limit"
         )

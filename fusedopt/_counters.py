@@ -28,8 +28,6 @@ class StepCounters:
         # By the id of a buffer that is alive.
         self._of_buffer: dict[int, Tensor] = {}
         self._maybe_unset: set[int] = set()
-        # Plans point to these until they are made anew, whatever becomes of the buffers.
-        self._handed_out: list[Tensor | None] = []
 
     def hand_out(
         self, params: Iterable[Tensor], state: dict[Tensor, Any]
@@ -48,7 +46,6 @@ class StepCounters:
                     counters[param] = self._hidden(buffer)
                 else:
                     counters[param] = unread.setdefault(param.device, _new_counter(0.0, param))
-            self._handed_out = list(counters.values())
             return counters
         seen: set[int] = set()
         for param in params:

@@ -7,9 +7,10 @@ checkpoint.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +23,34 @@ if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
 
 
+class Member(NamedTuple):
+    """A parameter and where it stands: the index of its group, and of itself among all."""
+
+    group: int
+    place: int
+    param: Tensor
+
+
 class Pipeline:
-    """The step of one optimizer over all its plans."""
+    """The step of one optimizer over all its plans.
+
+    Between steps it keeps no parameter, gradient or state alive: whoever drops one frees it.
+    """
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         # Weak, or a cycle would keep parameters and state alive until the collector runs.
         self._reference = weakref.ref(optimizer)
+        # Steps from several threads follow one another.
+        self._lock = threading.RLock()
+        self._stepping = False
         self._plans: dict[torch.device, Any] | None = None
         # The plan of all parameters, where there is just one and nothing else to ask.
         self._only_plan: Any = None
-        # A graph may have captured a plan that is gone, and writes to its control tensor.
-        self._captured: list[Tensor] = []
-        self._torch_params: list[Tensor] = []
-        self._group_of: dict[Tensor, int] = {}
-        self._order: dict[Tensor, int] = {}
-        self._listed_twice = False
-        self._sharded: Tensor | None = None
+        # Of every parameter when the plans were made: group, id and type.
+        self._built_over: list[tuple[int, int, type]] = []
+        # The places of those for torch's rules.
+        self._torch_places: set[int] = set()
+        self._shard_type: str | None = None
         self.counters = StepCounters(optimizer._has_step)
         #: float64[5] in the order of ``StepControl``: what the last step left; None before the
         #: first.
@@ -51,43 +64,63 @@ class Pipeline:
 
     def reset(self) -> None:
         """Makes the next step build its plans anew."""
-        for device, plan in (self._plans or {}).items():
-            if device.type != "cpu":
-                self._captured.append(plan.control)
         self._plans = self._only_plan = None
 
     def step(self, skip_nonfinite: bool) -> None:
         """Runs one step; raises before anything is changed when something does not fit."""
-        optimizer = self._optimizer
+        with self._lock:
+            if self._stepping:
+                raise RuntimeError(
+                    "step() was called inside of a step() of the same optimizer, by a number or"
+                    " tensor of the caller's own type; call it before or after"
+                )
+            self._stepping = True
+            try:
+                self._step(skip_nonfinite)
+            finally:
+                self._stepping = False
+
+    def _step(self, skip_nonfinite: bool) -> None:
+        if torch._C._len_torch_dispatch_stack() > 0:
+            _routing.refuse_fake_mode(member.param for member in self._entries())
         plan = self._only_plan
         if plan is not None:
-            attention = plan.begin(optimizer.param_groups, optimizer.state)
+            attention = self._step_alone(plan, skip_nonfinite)
             if attention is None:
-                self._step_alone(plan, skip_nonfinite)
                 return
             if attention[0]:
                 self.reset()
-        plans, foreign = self._validate()
-        if self._sharded is not None and self._reduces(skip_nonfinite):
-            raise NotImplementedError(
-                "max_grad_norm, max_grad_norm_per_param and skip_nonfinite over a"
-                f" {type(self._sharded).__name__} would see only this process's shard; leave them"
-                " unset and clip with torch.nn.utils.clip_grad_norm_ (DTensor) or"
-                " FSDP.clip_grad_norm_ before the step"
-            )
-        if len(plans) == 1 and not foreign:
-            (plan,) = plans.values()
-            self._step_alone(plan, skip_nonfinite)
-        else:
-            self._step_together(plans, foreign, skip_nonfinite)
+        try:
+            foreign = self._begin()
+            if self._shard_type is not None and self._reduces(skip_nonfinite):
+                raise NotImplementedError(
+                    "max_grad_norm, max_grad_norm_per_param and skip_nonfinite over a"
+                    f" {self._shard_type} would see only this process's shard; leave them"
+                    " unset and clip with torch.nn.utils.clip_grad_norm_ (DTensor) or"
+                    " FSDP.clip_grad_norm_ before the step"
+                )
+            if self._only_plan is None or foreign:
+                self._step_together(foreign, skip_nonfinite)
+                return
+        finally:
+            self._end()
+        if self._step_alone(self._only_plan, skip_nonfinite) is not None:
+            raise RuntimeError(_CHANGED)
 
-    def _step_alone(self, plan: Any, skip_nonfinite: bool) -> None:
-        """Runs a step that one plan does alone."""
+    def _step_alone(self, plan: Any, skip_nonfinite: bool) -> Any:
+        """Runs a step that one plan does alone, unless the plan asks for attention."""
         optimizer = self._optimizer
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        found_inf = getattr(optimizer, "found_inf", None)
-        plan.step(grad_scale, found_inf, optimizer.max_grad_norm, skip_nonfinite)
-        self.control = plan.control
+        attention = plan.step(
+            optimizer.param_groups,
+            optimizer.state,
+            getattr(optimizer, "grad_scale", None),
+            getattr(optimizer, "found_inf", None),
+            optimizer.max_grad_norm,
+            skip_nonfinite,
+        )
+        if attention is None:
+            self.control = plan.control
+        return attention
 
     def _reduces(self, skip_nonfinite: bool) -> bool:
         """Whether a step needs to know all gradients before the first update."""
@@ -100,64 +133,98 @@ class Pipeline:
 
     def backend_of(self, param: Tensor) -> str:
         """Returns the name of the backend that updates ``param``."""
-        plans, _ = self._validate()
-        by_torch = any(param is other for other in self._torch_params)
-        if by_torch or param.device not in plans:
-            return "torch"
-        backend = backends.for_device(self._optimizer.backend, param.device)
-        return "torch" if backend is None else backend.NAME
+        with self._lock:
+            try:
+                self._begin()
+            finally:
+                self._end()
+            by_torch = {id(m.param) for m in self._entries() if m.place in self._torch_places}
+            if id(param) in by_torch or param.device not in (self._plans or {}):
+                return "torch"
+            backend = backends.for_device(self._optimizer.backend, param.device)
+            return "torch" if backend is None else backend.NAME
 
-    def _validate(self) -> tuple[dict[torch.device, Any], list[Tensor]]:
-        """Returns plans that hold for this step, and the parameters for torch's rules."""
+    def _begin(self) -> list[Member]:
+        """Brings the plans to the beginning of this step; returns what is left to torch's rules."""
         # A first look may find a plan outdated, a second state missing.
         for _ in range(3):
-            if self._plans is not None and self._structure_changed():
+            entries = self._entries()
+            if self._torch_places and _identities(entries) != self._built_over:
                 self.reset()
             if self._plans is None:
-                self._plans = self._build()
-            rebuild, missing, foreign = self._begin(self._plans)
+                self._build(entries)
+            rebuild, missing, foreign = self._ask_plans()
             if not rebuild and not missing:
                 break
+            self._end()
             if missing:
-                self._create_state(missing)
+                self._create_state(entries, missing)
             self.reset()
         else:
-            raise RuntimeError(
-                "param_groups or state change while a step is being prepared; do not write to them"
-                " from another thread, and keep tensors under torch's names in optimizer.state"
-            )
-        assert self._plans is not None
-        if len(self._plans) == 1 and not self._torch_params and self._sharded is None:
-            (self._only_plan,) = self._plans.values()
-        foreign += [param for param in self._torch_params if param.grad is not None]
-        foreign.sort(key=lambda param: self._order[param])
-        for param in foreign:
-            self._check_values(param)
-            self._optimizer._check_for_torch(self._subgroup([param]))
-        return self._plans, foreign
+            raise self._unstable(entries, missing)
+        left = {id(param) for param in foreign}
+        members = [
+            member
+            for member in entries
+            if id(member.param) in left
+            or (member.place in self._torch_places and member.param.grad is not None)
+        ]
+        for member in members:
+            self._check_values(member)
+            self._optimizer._check_for_torch(self._subgroup(member.group, [member.param]))
+        return members
 
-    def _check_values(self, param: Tensor) -> None:
+    def _end(self) -> None:
+        """Lets go of what the plans keep alive during a step."""
+        for plan in (self._plans or {}).values():
+            plan.end()
+
+    def _unstable(self, entries: list[Member], missing: list[Tensor]) -> Exception:
+        """Says why the plans could not be brought in order."""
+        wanted = {id(param) for param in missing}
+        for group, place, param in entries:
+            for name, value in self._optimizer.state.get(param, {}).items():
+                if id(param) in wanted and not isinstance(value, Tensor):
+                    return ValueError(
+                        f"state {name!r} of {self._name_of(group, place)} is {value!r}; expected a"
+                        f" tensor like the parameter, {_describe(param)}. Load a matching"
+                        " checkpoint, or delete optimizer.state[parameter]"
+                    )
+        return RuntimeError(_CHANGED)
+
+    def _name_of(self, group: int, place: int) -> str:
+        before = self._optimizer.param_groups[:group]
+        position = place - sum(len(other["params"]) for other in before)
+        return f"parameter {position} of param group {group}"
+
+    def _check_values(self, member: Member) -> None:
         """Raises ValueError for what torch's rule would take wrongly or refuse too late."""
-        index = self._group_of[param]
+        index, place, param = member
         for name in ("max_grad_norm_per_param", "max_grad_value"):
             group = self._optimizer.param_groups[index]
             _control.check_limit(name, group.get(name), f"in param group {index}")
+        if not torch.is_inference_mode_enabled():
+            for name, tensor in self._own_tensors(param):
+                if tensor.is_inference():
+                    raise RuntimeError(
+                        f"{name} of {self._name_of(index, place)} is an inference tensor, which"
+                        " only torch.inference_mode() may write; step there, or put a clone in its"
+                        " place"
+                    )
         grad = _grad(param)
         fits = grad.is_complex() if param.is_complex() else grad.is_floating_point()
         if fits and grad.shape == param.shape and grad.device == param.device:
             return
-        members = self._optimizer.param_groups[index]["params"]
-        position = next(i for i, member in enumerate(members) if member is param)
         raise ValueError(
-            f"the gradient of parameter {position} of param group {index} is {_describe(grad)};"
+            f"the gradient of {self._name_of(index, place)} is {_describe(grad)};"
             " expected a floating-point tensor shaped like the parameter,"
             f" {_describe(param)}. Set parameter.grad = None and run backward again"
         )
 
-    def _begin(self, plans: dict[torch.device, Any]) -> tuple[bool, list[Tensor], list[Tensor]]:
+    def _ask_plans(self) -> tuple[bool, list[Tensor], list[Tensor]]:
         optimizer = self._optimizer
         rebuild, missing, foreign = False, [], []
-        for plan in plans.values():
+        for plan in (self._plans or {}).values():
             attention = plan.begin(optimizer.param_groups, optimizer.state)
             if attention is not None:
                 rebuild |= attention[0]
@@ -165,98 +232,93 @@ class Pipeline:
                 foreign += attention[2]
         return rebuild, missing, foreign
 
-    def _structure_changed(self) -> bool:
-        """Whether groups changed where no plan looks: among parameters for torch's rules."""
-        if not self._torch_params:
-            return False
-        current = self._entries()
-        return len(current) != len(self._order) or any(
-            self._order.get(param) != i or self._group_of[param] != index
-            for i, (index, param) in enumerate(current)
-        )
-
-    def _entries(self) -> list[tuple[int, Tensor]]:
+    def _entries(self) -> list[Member]:
         """Returns every parameter with the index of its group, in order."""
-        return [
-            (index, param)
-            for index, group in enumerate(self._optimizer.param_groups)
-            for param in group["params"]
-        ]
+        groups = self._optimizer.param_groups
+        pairs = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
+        return [Member(index, place, param) for place, (index, param) in enumerate(pairs)]
 
-    def _build(self) -> dict[torch.device, Any]:
+    def _build(self, entries: list[Member]) -> None:
         optimizer = self._optimizer
-        entries = self._entries()
-        if any(param.device.type in ("cuda", "xpu") for _, param in entries):
+        if not isinstance(optimizer.state, dict):
+            raise TypeError(
+                f"optimizer.state is {optimizer.state!r}; expected a dict. Start over with"
+                " optimizer.state = collections.defaultdict(dict)"
+            )
+        if any(member.param.device.type in ("cuda", "xpu") for member in entries):
             _refuse_while_capturing()
         optimizer._check_capturable()
-        self._order = {param: i for i, (_, param) in enumerate(entries)}
-        self._group_of = {param: index for index, param in entries}
-        self._sharded = _routing.sharded(self._order)
-        self._listed_twice = len(self._order) != len(entries)
-        if self._listed_twice:
+        self._built_over = _identities(entries)
+        self._shard_type = _routing.sharded(member.param for member in entries)
+        if len({id(member.param) for member in entries}) != len(entries):
             # torch updates a parameter that is listed twice twice, and has warned about it.
-            self._torch_params = [param for _, param in entries]
-            return {}
-        by_device, self._torch_params = self._route(entries)
-        native = [param for members in by_device.values() for _, param in members]
-        counters = self.counters.hand_out(native, optimizer.state)
+            native: dict[torch.device, list[Member]] = {}
+        else:
+            native = self._route(entries)
+        served = {member.place for members in native.values() for member in members}
+        self._torch_places = {member.place for member in entries} - served
+        params = [member.param for members in native.values() for member in members]
+        counters = self.counters.hand_out(params, optimizer.state)
         plans = {}
-        for device, members in by_device.items():
+        for device, members in native.items():
             backend = backends.for_device(optimizer.backend, device)
             assert backend is not None
-            slots = [(index, param, counters[param]) for index, param in members]
+            slots = [(m.group, m.param, counters[m.param]) for m in members]
             plans[device] = backend.make_plan(
                 optimizer._rule, device, slots, optimizer.param_groups, optimizer.state
             )
-        return plans
+        self._plans = plans
+        if len(plans) == 1 and not self._torch_places and self._shard_type is None:
+            (self._only_plan,) = plans.values()
 
-    def _route(
-        self, entries: list[tuple[int, Tensor]]
-    ) -> tuple[dict[torch.device, list[tuple[int, Tensor]]], list[Tensor]]:
+    def _route(self, entries: list[Member]) -> dict[torch.device, list[Member]]:
+        """Returns the parameters that native kernels update, by device."""
         optimizer = self._optimizer
         native = []
-        torch_params = []
-        for index, param in entries:
-            group = optimizer.param_groups[index]
+        for member in entries:
+            param = member.param
             odd = _routing.not_plain(param)
             if odd is not None and optimizer.backend not in ("auto", "torch"):
                 raise ValueError(
-                    f"parameter {self._order[param]} is {odd}, which backend={optimizer.backend!r}"
+                    f"parameter {member.place} is {odd}, which backend={optimizer.backend!r}"
                     " cannot read; use backend='auto' or 'torch'"
                 )
-            if odd is not None or _routing.needs_torch_rule(
-                param, group, optimizer.state.get(param, {})
+            group = optimizer.param_groups[member.group]
+            if (
+                odd is None
+                and not _routing.needs_torch_rule(param, group, optimizer.state.get(param, {}))
+                and backends.for_device(optimizer.backend, param.device) is not None
             ):
-                torch_params.append(param)
-            elif backends.for_device(optimizer.backend, param.device) is None:
-                torch_params.append(param)
-            else:
-                native.append((index, param))
+                native.append(member)
         shared = _routing.sharing_memory(
-            (param, [param, *self._state_tensors(param)]) for _, param in native
+            (member.param, [tensor for _, tensor in self._own_tensors(member.param)])
+            for member in native
         )
         by_device = defaultdict(list)
-        for index, param in native:
-            if param in shared:
-                torch_params.append(param)
-            else:
-                by_device[param.device].append((index, param))
-        return dict(by_device), torch_params
+        for member in native:
+            if member.param not in shared:
+                by_device[member.param.device].append(member)
+        return dict(by_device)
 
-    def _state_tensors(self, param: Tensor) -> list[Tensor]:
+    def _own_tensors(self, param: Tensor) -> list[tuple[str, Tensor]]:
+        """Returns what a step writes for a parameter, by name; without its counter."""
         entries = self._optimizer.state.get(param, {})
-        return [
-            value for key, value in entries.items() if isinstance(value, Tensor) and key != "step"
+        states = [
+            (f"state {name!r}", value)
+            for name, value in entries.items()
+            if isinstance(value, Tensor) and name != "step"
         ]
+        return [("the memory", param), *states]
 
-    def _create_state(self, params: list[Tensor]) -> None:
+    def _create_state(self, entries: list[Member], params: list[Tensor]) -> None:
+        wanted = {id(param) for param in params}
         by_group = defaultdict(list)
-        for param in params:
-            by_group[self._group_of[param]].append(param)
+        for member in entries:
+            if id(member.param) in wanted:
+                by_group[member.group].append(member.param)
         for index, members in by_group.items():
-            group = self._optimizer.param_groups[index]
             try:
-                self._optimizer._create_state({**group, "params": members})
+                self._optimizer._create_state(self._subgroup(index, members))
             except KeyError as error:
                 (name,) = error.args
                 raise KeyError(
@@ -264,30 +326,30 @@ class Pipeline:
                     " checkpoint, or delete optimizer.state[parameter] to start it anew"
                 ) from error
 
-    def _step_together(
-        self,
-        plans: dict[torch.device, Any],
-        foreign: list[Tensor],
-        skip_nonfinite: bool,
-    ) -> None:
+    def _step_together(self, foreign: list[Member], skip_nonfinite: bool) -> None:
         """Runs a step over several plans or with torch's rules, under one norm and skip flag."""
         optimizer = self._optimizer
+        plans = self._plans or {}
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         limit = optimizer.max_grad_norm
-        places = [*plans, *(param.device for param in foreign if param.device.type != "meta")]
+        homes = [member.param.device for member in foreign if member.param.device.type != "meta"]
+        places = [*plans, *homes]
         home = places[0] if places else torch.device("cpu")
         unscale = _control.unscale_factor(grad_scale, home)
         # Torch's rules take numbers of the host: with them, a step may synchronise.
         factor = unscale.item() if foreign and grad_scale is not None else 1.0
-        transforms = {
-            param: GradTransform(param, optimizer.param_groups[self._group_of[param]], factor)
-            for param in foreign
-        }
+        transforms = [
+            GradTransform(member.param, optimizer.param_groups[member.group], factor)
+            for member in foreign
+        ]
         totals = []
         if self._reduces(skip_nonfinite):
             totals = [plan.reduce(unscale.to(device)) for device, plan in plans.items()]
-            totals += [transforms[param].reduce(_grad(param)) for param in foreign]
+            totals += [
+                transform.reduce(_grad(member.param))
+                for member, transform in zip(foreign, transforms, strict=True)
+            ]
         self.control = _control.settle(totals, unscale, found_inf, limit, skip_nonfinite)
         may_skip = found_inf is not None or skip_nonfinite
         if foreign and not (may_skip and self.control[_control.SKIP].item() != 0):
@@ -297,24 +359,33 @@ class Pipeline:
             plan.apply(self.control.to(device))
 
     def _apply_torch_rules(
-        self, foreign: list[Tensor], transforms: dict[Tensor, GradTransform], clip: float
+        self, foreign: list[Member], transforms: list[GradTransform], clip: float
     ) -> None:
         optimizer = self._optimizer
-        plain = clip == 1.0 and all(transform.is_identity for transform in transforms.values())
+        plain = clip == 1.0 and all(transform.is_identity for transform in transforms)
         if plain and not self._plans:
             by_group = defaultdict(list)
-            for param in foreign:
-                by_group[self._group_of[param]].append(param)
-            for members in by_group.values():
-                optimizer._apply_torch_rule(self._subgroup(members), None)
+            for member in foreign:
+                by_group[member.group].append(member.param)
+            for index, members in by_group.items():
+                optimizer._apply_torch_rule(self._subgroup(index, members), None)
             return
-        for param in foreign:
-            grad = transforms[param].apply(_grad(param), clip)
-            optimizer._apply_torch_rule(self._subgroup([param]), [grad])
+        for (index, _, param), transform in zip(foreign, transforms, strict=True):
+            grad = transform.apply(_grad(param), clip)
+            optimizer._apply_torch_rule(self._subgroup(index, [param]), [grad])
 
-    def _subgroup(self, params: list[Tensor]) -> dict[str, Any]:
-        group = self._optimizer.param_groups[self._group_of[params[0]]]
-        return {**group, "params": params}
+    def _subgroup(self, index: int, params: list[Tensor]) -> dict[str, Any]:
+        return {**self._optimizer.param_groups[index], "params": params}
+
+
+_CHANGED = (
+    "param_groups or state change while a step is being prepared; do not write to them from another"
+    " thread, and keep tensors under torch's names in optimizer.state"
+)
+
+
+def _identities(entries: list[Member]) -> list[tuple[int, int, type]]:
+    return [(group, id(param), type(param)) for group, _, param in entries]
 
 
 def _refuse_while_capturing() -> None:

@@ -32,16 +32,29 @@ def not_plain(param: Tensor) -> str | None:
 
 def needs_torch_rule(param: Tensor, group: dict[str, Any], entries: dict[str, Any]) -> bool:
     """Whether a plain parameter takes torch's rule under every backend."""
-    return (
-        group.get("differentiable", False)
-        or param.layout != torch.strided
-        or param.dtype not in _KERNEL_DTYPES
-        or any(
-            value.layout != torch.strided or value.dtype not in _KERNEL_DTYPES
-            for name, value in entries.items()
-            if isinstance(value, Tensor) and name != "step"
-        )
+    return group.get("differentiable", False) or any(
+        tensor.layout != torch.strided
+        or tensor.dtype not in _KERNEL_DTYPES
+        or tensor.is_neg()
+        or tensor.is_inference()
+        for name, tensor in [("param", param), *entries.items()]
+        if isinstance(tensor, Tensor) and name != "step"
     )
+
+
+def refuse_fake_mode(params: Iterable[Tensor]) -> None:
+    """Raises RuntimeError for real parameters under FakeTensorMode, which writes nothing real."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = _get_current_dispatch_mode_stack()
+    if not any(isinstance(mode, FakeTensorMode) for mode in modes):
+        return
+    if not all(isinstance(param, FakeTensor) or param.device.type == "meta" for param in params):
+        raise RuntimeError(
+            "step() of real parameters under FakeTensorMode would change them; make the parameters"
+            " under the mode, or step outside of it"
+        )
 
 
 def _memory_range(tensor: Tensor) -> tuple[int, int]:
@@ -83,8 +96,8 @@ def sharing_memory(owners: Iterable[tuple[Tensor, Iterable[Tensor]]]) -> set[Ten
     return shared
 
 
-def sharded(params: Iterable[Tensor]) -> Tensor | None:
-    """Returns the first parameter of which this process holds only a shard, if there is one."""
+def sharded(params: Iterable[Tensor]) -> str | None:
+    """Returns the type of the first parameter of which this process holds only a shard, if any."""
     tensor_module = sys.modules.get("torch.distributed.tensor")
     flat_module = sys.modules.get("torch.distributed.fsdp._flat_param")
     kinds = tuple(
@@ -95,4 +108,4 @@ def sharded(params: Iterable[Tensor]) -> Tensor | None:
         )
         if kind is not None
     )
-    return next((param for param in params if isinstance(param, kinds)), None)
+    return next((type(param).__name__ for param in params if isinstance(param, kinds)), None)

@@ -6,8 +6,7 @@ csrc/python/groups.cpp in Python, used by the Python books.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from operator import is_
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +15,11 @@ from fusedopt.kernels import table
 from torch import Tensor
 
 ParamGroups = Sequence[Mapping[str, Any]]
+
+# What torch asks for its truth only, although rules read it as 0 or 1.
+_FLAGS = ("maximize", "nesterov", "decoupled_weight_decay")
+# Whoever replaced a group may know nothing of our key; torch's must all be there.
+_OPTIONAL = "decoupled_weight_decay"
 
 
 class GroupRow(NamedTuple):
@@ -31,18 +35,16 @@ class GroupRow(NamedTuple):
     lr: tuple[int, torch.dtype] | None
 
 
-def same(now: Any, then: Sequence[Any]) -> bool:
-    """Whether two collections hold the same objects in the same order.
-
-    Comparing tensors by value would synchronise.
-    """
-    return len(now) == len(then) and all(map(is_, now, then))
+def ids(objects: Iterable[Any]) -> list[int]:
+    """What identifies objects that are alive, without keeping them so."""
+    return list(map(id, objects))
 
 
 class Groups:
     """The groups of one optimizer, for one rule on one device.
 
     Attributes:
+        members: the ids of each group's parameters when this was made.
         rows: a GroupRow for each group.
         variants: which variant of the rule each group asks for.
 
@@ -56,22 +58,34 @@ class Groups:
         self._rule = rule
         self._device = device
         names = dict.fromkeys(name.partition(".")[0] for name in (*rule.HYPER, *rule.VARIANTS))
+        self._needed = names.keys() - {_OPTIONAL}
         self._keys = (*names, "max_grad_value", "max_grad_norm_per_param")
-        self._members = [tuple(group["params"]) for group in param_groups]
+        self._check(param_groups)
+        self.members = [ids(group["params"]) for group in param_groups]
         self._values = [self._read(group) for group in param_groups]
         self.variants = [self._variant(i, group) for i, group in enumerate(param_groups)]
         self.rows = [self._resolve(i, group) for i, group in enumerate(param_groups)]
 
+    def _check(self, param_groups: ParamGroups) -> None:
+        if not isinstance(param_groups, (list, tuple)):
+            raise TypeError(f"param_groups is {param_groups!r}; expected a list of dicts")
+        for index, group in enumerate(param_groups):
+            if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+                raise TypeError(
+                    f"param group {index} is not a dict with a list of parameters at 'params'; add"
+                    " groups with add_param_group"
+                )
+
     def refresh(self, param_groups: ParamGroups) -> bool | None:
-        """Whether any row has changed; None when parameters or variants are others."""
-        if len(param_groups) != len(self._members):
+        """Whether any number has changed; None when there are other groups or variants."""
+        if not isinstance(param_groups, (list, tuple)) or len(param_groups) != len(self.members):
             return None
         all_values, rows = list(self._values), list(self.rows)
         for index, group in enumerate(param_groups):
-            if not same(group["params"], self._members[index]):
+            if not isinstance(group, dict):
                 return None
             values = self._read(group)
-            if same(values, self._values[index]) and not any(map(_may_change, values)):
+            if values is not None and values == self._values[index]:
                 continue
             if self._variant(index, group) != self.variants[index]:
                 return None
@@ -84,17 +98,19 @@ class Groups:
 
     def name_of(self, param: Tensor) -> str:
         """What messages call a parameter."""
-        for group, members in enumerate(self._members):
-            for index, member in enumerate(members):
-                if member is param:
-                    return f"parameter {index} of param group {group}"
+        for group, members in enumerate(self.members):
+            if id(param) in members:
+                return f"parameter {members.index(id(param))} of param group {group}"
         return "a parameter of no param group"
 
-    def _read(self, group: Mapping[str, Any]) -> list[Any]:
-        return [group.get(key) for key in self._keys]
+    def _read(self, group: Mapping[str, Any]) -> list[Any] | None:
+        """The values of a group; None where one is missing or may change in place."""
+        values = [group.get(key) for key in self._keys]
+        fixed = group.keys() >= self._needed and not any(map(_may_change, values))
+        return values if fixed else None
 
     def _variant(self, index: int, group: Mapping[str, Any]) -> int:
-        flags = (_number(index, group, name) != 0.0 for name in self._rule.VARIANTS)
+        flags = (bool(_value(index, group, name)) for name in self._rule.VARIANTS)
         return sum(1 << bit for bit, flag in enumerate(flags) if flag)
 
     def _resolve(self, index: int, group: Mapping[str, Any]) -> GroupRow:
@@ -128,19 +144,24 @@ def _may_change(value: Any) -> bool:
     return not isinstance(value, (int, float, type(None)))
 
 
-def _number(index: int, group: Mapping[str, Any], name: str) -> float:
-    """The number that a name of a rule stands for: a key, or an item of a key's sequence."""
+def _value(index: int, group: Mapping[str, Any], name: str) -> Any:
+    """What the name of a rule stands for: what is at a key, or an item of that."""
     key, _, item = name.partition(".")
     if key not in group:
-        # Whoever replaced a group may know nothing of our key; torch's must all be there.
-        if key == "decoupled_weight_decay":
-            return 0.0
+        if key == _OPTIONAL:
+            return False
         raise KeyError(
             f"param group {index} has no {key!r}; add groups with add_param_group, which fills in "
             "the defaults"
         )
-    value = group[key][int(item)] if item else group[key]
-    return _to_float(value, f"{key!r} of param group {index}")
+    return group[key][int(item)] if item else group[key]
+
+
+def _number(index: int, group: Mapping[str, Any], name: str) -> float:
+    value = _value(index, group, name)
+    if name in _FLAGS:
+        return float(bool(value))
+    return _to_float(value, f"{name.partition('.')[0]!r} of param group {index}")
 
 
 def _limit(index: int, group: Mapping[str, Any], key: str) -> float:

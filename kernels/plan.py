@@ -30,7 +30,13 @@ class Books(Protocol):
         """Another number whenever ``rows`` returns something else."""
 
     def begin(self, param_groups: Any, state: Any) -> Attention | None:
-        """Checks everything and takes in what has changed."""
+        """Checks everything, takes in what has changed, and keeps it alive until ``end``."""
+
+    def end(self) -> None:
+        """Lets go of what ``begin`` keeps alive."""
+
+    def bump_versions(self) -> None:
+        """Tells autograd that the step wrote parameters and states."""
 
     def rows(self) -> Sequence[tuple[Any, ...]]:
         """The fields of a `Row` for each parameter whose state exists."""
@@ -69,7 +75,8 @@ class TritonPlan:
     def begin(self, param_groups: Any, state: Any) -> Attention | None:
         """Checks everything that the coming step relies on and takes in what has changed.
 
-        Nothing of the model is touched.
+        Nothing of the model is touched. What the step works on is kept alive until ``end``, unless
+        there is something to rebuild or missing.
 
         Returns:
             None when the plan holds. Else (rebuild, missing, foreign), as the books say: whether
@@ -85,6 +92,11 @@ class TritonPlan:
             self._current_tables().take(self._books.write)
             self._ready = True
         return attention
+
+    def end(self) -> None:
+        """Ends what ``begin`` began."""
+        self._ready = False
+        self._books.end()
 
     def _current_tables(self) -> Tables:
         """The tables, made when there are none.
@@ -120,25 +132,44 @@ class TritonPlan:
         Parameters are clipped one by one as a ``reduce`` since ``begin`` found, if there was one.
         """
         self._begun().apply(control, controlled=True, clip_per_param=self._reduced)
+        self._books.bump_versions()
 
     def step(
+        self,
+        param_groups: Any,
+        state: Any,
+        grad_scale: Tensor | float | None,
+        found_inf: Tensor | float | None,
+        max_grad_norm: float | None,
+        skip_nonfinite: bool,
+    ) -> Attention | None:
+        """The whole step: one launch, or two when a norm or the non-finite flag is asked for.
+
+        Returns:
+            None when it was done; else what ``begin`` asks for.
+        """
+        try:
+            attention = self.begin(param_groups, state)
+            if attention is None:
+                self._run(grad_scale, found_inf, max_grad_norm, skip_nonfinite)
+            return attention
+        finally:
+            self.end()
+
+    def _run(
         self,
         grad_scale: Tensor | float | None,
         found_inf: Tensor | float | None,
         max_grad_norm: float | None,
         skip_nonfinite: bool,
-    ) -> Tensor:
-        """The whole step: one launch, or two when a norm or the non-finite flag is asked for.
-
-        Returns the control block.
-        """
+    ) -> None:
         tables = self._begun()
         if tables.empty:
             unscale = _control.unscale_factor(grad_scale, self._device)
             self.control.copy_(
                 _control.settle([], unscale, found_inf, max_grad_norm, skip_nonfinite)
             )
-            return self.control
+            return
         grad_scale, found_inf = self._bring(grad_scale), self._bring(found_inf)
         if self._books.needs_reduce(max_grad_norm, skip_nonfinite):
             limit = math.inf if max_grad_norm is None else max_grad_norm
@@ -147,7 +178,7 @@ class TritonPlan:
             tables.apply(self.control, controlled=True, clip_per_param=True)
         else:
             tables.apply(self.control, controlled=False, grad_scale=grad_scale, found_inf=found_inf)
-        return self.control
+        self._books.bump_versions()
 
     def _bring(self, number: Tensor | float | None) -> Tensor | None:
         """A number of the scaler's as a tensor on the device."""

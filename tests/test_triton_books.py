@@ -67,7 +67,7 @@ class Twins:
         said = []
         for books in self.books:
             try:
-                said.append(books.begin(self.groups, self.state))
+                said.append(self.begin_one(books))
             except (KeyError, TypeError, ValueError) as error:
                 said.append((type(error), str(error)))
         native, python = said
@@ -76,6 +76,11 @@ class Twins:
         else:
             assert [native[0], *map(ids, native[1:])] == [python[0], *map(ids, python[1:])]
         return native
+
+    def begin_one(self, books):
+        """What one of them says; a step that it had begun before has ended."""
+        books.end()
+        return books.begin(self.groups, self.state)
 
     def assert_same(self):
         """Rows and words agree; returns the words as numbers."""
@@ -126,14 +131,14 @@ def test_words_tell_what_changed():
     for books in twins.books:
         set_grads(twins.params, 2)
         words = array("q", [5] * (count + 3))
-        books.begin(twins.groups, twins.state)
+        twins.begin_one(books)
         assert books.write(words) == (0, count)
         assert list(words[count:]) == [5] * 3
         assert words[32] == twins.params[0].grad.data_ptr()
         assert books.write(words) == (0, 0)
         twins.groups[1]["lr"] *= 2
         twins.params[1].grad = None
-        books.begin(twins.groups, twins.state)
+        twins.begin_one(books)
         assert books.write(words) == (16, 34)
         assert words[33] == 0
     with pytest.raises(ValueError, match=r"words has 3 items of 8 bytes; expected at least 37"):
@@ -146,14 +151,14 @@ def test_the_version_of_the_rows():
     twins = Twins(*CASES["argvalues"][0])
     for books in twins.books:
         set_grads(twins.params, 3)
-        books.begin(twins.groups, twins.state)
+        twins.begin_one(books)
         before = books.rows_version
         set_grads(twins.params, 4)
-        books.begin(twins.groups, twins.state)
+        twins.begin_one(books)
         assert books.rows_version == before
         for change in (lambda g: g.t().contiguous().t(), lambda g: g.contiguous()):
             twins.params[4].grad = change(twins.params[4].grad)
-            books.begin(twins.groups, twins.state)
+            twins.begin_one(books)
             assert books.rows_version > before
             before = books.rows_version
 
@@ -216,7 +221,7 @@ def test_what_is_refused_is_refused_again():
     twins.groups[0]["lr"], twins.groups[1]["max_grad_value"] = 0.5, -1.0
     for books in (*twins.books, *twins.books):
         with pytest.raises(ValueError, match="max_grad_value"):
-            books.begin(twins.groups, twins.state)
+            twins.begin_one(books)
     twins.groups[1]["max_grad_value"] = None
     assert twins.begin() is None
     assert twins.assert_same()[0] == 0.5
@@ -236,16 +241,36 @@ def test_a_tensor_among_betas_is_read_every_step():
 
 @needs_extension
 def test_the_same_is_said_of_state_that_does_not_fit():
-    """While the books are made."""
+    """Once its parameter has a gradient: before, nobody needs it."""
     twins = Twins(*CASES["argvalues"][0])
     twins.state[twins.params[0]]["exp_avg"] = torch.zeros(4)
-    slots = [(0, twins.params[0], twins.counters[0])]
-    texts = []
-    for kind in (extension.module().TablePlan, Books):
-        with pytest.raises(ValueError, match="exp_avg") as caught:
-            kind("adam", torch.device("cpu"), slots, twins.groups, twins.state)
-        texts.append(str(caught.value))
-    assert texts[0] == texts[1]
+    twins.params[0].grad = None
+    twins.make()
+    assert twins.begin() is None
+    twins.assert_same()
+    set_grads(twins.params, 3)
+    assert twins.begin()[0] is ValueError
+
+
+@needs_extension
+def test_the_same_is_said_of_a_gradient_in_written_memory():
+    """All of that step is torch's: the same address, a part, a whole that holds a parameter."""
+    twins = Twins(*CASES["argvalues"][0])
+    exp_avg = twins.state[twins.params[1]]["exp_avg"]
+    for memory in (twins.params[1].data, exp_avg, twins.params[1].data.flip(0)[:0]):
+        twins.params[1].grad = memory if memory.numel() else None
+        said = twins.begin()
+        if memory.numel():
+            assert len(said[2]) == len(SHAPES)
+        else:
+            assert said is None
+    whole = torch.zeros(210)
+    param, grad = twins.params[1], whole[:140:2]
+    param.data = whole[100:170].copy_(param.data)
+    twins.make()
+    assert twins.begin() is None
+    param.grad = grad
+    assert len(twins.begin()[2]) == len(SHAPES)
 
 
 @pytest.mark.parametrize("in_one_call", [True, False])

@@ -95,8 +95,11 @@ class Model:
 
     def step(self, grad_scale=None, found_inf=None, max_grad_norm=None, skip_nonfinite=False):
         """A step that needs nothing from outside the plan."""
-        assert self.begin() is None
-        return self.plan.step(grad_scale, found_inf, max_grad_norm, skip_nonfinite)
+        said = self.plan.step(
+            self.groups, self.state, grad_scale, found_inf, max_grad_norm, skip_nonfinite
+        )
+        assert said is None
+        return self.plan.control
 
     def snapshot(self):
         """Copies of all that a step may change."""

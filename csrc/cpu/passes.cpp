@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cfenv>
 #include <cmath>
 
 #include "core/control.h"
@@ -28,9 +29,20 @@ void for_each_task(const Job& job, int threads, PieceLoop loop) {
   threads = static_cast<int>(
       std::min<int64_t>(threads, 1 + count * kSmallestTask / kElementsPerThread / 2));
   if (threads == 1) return loop(job, 0, job.table.piece_count);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t task = 0; task < count; ++task) {
-    loop(job, job.tasks[task], job.tasks[task + 1]);
+  // Rounding and the flushing of denormals (torch.set_flush_denormal) belong to a thread: the
+  // others compute as the caller does, or results would depend on who took which task.
+  std::fenv_t callers;
+  std::fegetenv(&callers);
+#pragma omp parallel num_threads(threads)
+  {
+    std::fenv_t own;
+    std::fegetenv(&own);
+    std::fesetenv(&callers);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < count; ++task) {
+      loop(job, job.tasks[task], job.tasks[task + 1]);
+    }
+    std::fesetenv(&own);
   }
 }
 

@@ -80,8 +80,8 @@ class DevicePlan {
 
   // This step's gradient pointers and group rows; everything else in the rows must be as it was at
   // construction, else make a new plan. One asynchronous copy of what changed; none when nothing
-  // did.
-  void update(const TensorRow* tensors, const GroupRow* groups, StreamHandle stream);
+  // did. Returns whether the stream is under capture.
+  bool update(const TensorRow* tensors, const GroupRow* groups, StreamHandle stream);
 
   // Reads every gradient once. One launch.
   void reduce(const ReduceRequest& request, StreamHandle stream);

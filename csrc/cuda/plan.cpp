@@ -65,8 +65,10 @@ class DevicePlan::Impl {
  public:
   Impl(size_t rule, const Table& table) : Impl(cut_launches(rule, table), table) {}
 
-  void update(const TensorRow* tensors, const GroupRow* groups, cudaStream_t stream) {
-    if (live_.update(tensors, groups, stream)) keep_forever();
+  bool update(const TensorRow* tensors, const GroupRow* groups, cudaStream_t stream) {
+    const bool captured = live_.update(tensors, groups, stream);
+    if (captured) keep_forever();
+    return captured;
   }
 
   void reduce(const ReduceRequest& request, cudaStream_t stream) {
@@ -197,9 +199,9 @@ DevicePlan::~DevicePlan() {
   }
 }
 
-void DevicePlan::update(const TensorRow* tensors, const GroupRow* groups, StreamHandle stream) {
+bool DevicePlan::update(const TensorRow* tensors, const GroupRow* groups, StreamHandle stream) {
   const DeviceGuard guard(device_);
-  impl_->update(tensors, groups, as_stream(stream));
+  return impl_->update(tensors, groups, as_stream(stream));
 }
 
 void DevicePlan::reduce(const ReduceRequest& request, StreamHandle stream) {

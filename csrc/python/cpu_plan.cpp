@@ -10,13 +10,18 @@ namespace {
 
 static_assert(sizeof(StepControl) == 5 * sizeof(double));
 
+// A step over so many elements or fewer keeps the interpreter's lock: it takes a millisecond, a
+// fraction of the interval in which Python switches threads anyway (5 ms), and spares it the
+// references that keep memory alive while others run.
+constexpr int64_t kShortStep = 1 << 20;
+
 StepControl& as_control(const at::Tensor& tensor) {
   return *reinterpret_cast<StepControl*>(tensor.mutable_data_ptr<double>());
 }
 
 }  // namespace
 
-CpuPlan::CpuPlan(const std::string& rule, const py::list& slots, const py::list& param_groups,
+CpuPlan::CpuPlan(const std::string& rule, const py::list& slots, const py::object& param_groups,
                  const py::dict& state)
     : NativePlan(rule, at::kCPU, slots, param_groups, state, cpu::kPieceLength),
       tasks_(cpu::cut_tasks(pieces())),
@@ -34,31 +39,38 @@ cpu::Job CpuPlan::make_job() {
   return job;
 }
 
-void CpuPlan::step(const py::object& grad_scale, const py::object& found_inf,
-                   std::optional<double> max_grad_norm, bool skip_nonfinite) {
-  bool is_tensor = false;
+std::optional<Attention> CpuPlan::step(const py::object& param_groups, const py::object& state,
+                                       const py::object& grad_scale, const py::object& found_inf,
+                                       std::optional<double> max_grad_norm, bool skip_nonfinite) {
   cpu::StepInputs inputs{};
-  inputs.unscale =
-      grad_scale.is_none() ? 1.0 : 1.0 / to_double(grad_scale.ptr(), "grad_scale", is_tensor);
-  inputs.found_inf =
-      !found_inf.is_none() && to_double(found_inf.ptr(), "found_inf", is_tensor) != 0.0;
+  inputs.unscale = grad_scale.is_none() ? 1.0 : 1.0 / to_double(grad_scale.ptr(), "grad_scale");
+  inputs.found_inf = !found_inf.is_none() && to_double(found_inf.ptr(), "found_inf") != 0.0;
   inputs.max_grad_norm = max_grad_norm.value_or(-1.0);
   inputs.skip_nonfinite = skip_nonfinite;
+  if (auto attention = begin(param_groups, state)) return attention;
 
   cpu::Job job = make_job();
   job.control.unscale = inputs.unscale;
   const bool reduces = needs_reduce(max_grad_norm, skip_nonfinite);
   const int threads = at::get_num_threads();
+  std::optional<Held> held;
   {
-    const py::gil_scoped_release unlocked;
+    std::optional<py::gil_scoped_release> unlocked;
+    if (numel() > kShortStep) {
+      held.emplace(*this);
+      unlocked.emplace();
+    }
     const double sum_squares = reduces ? cpu::reduce(job, param_clips_, threads) : 0.0;
     cpu::settle(job.control, sum_squares, inputs);
     cpu::apply(job, rule_index(), threads);
   }
+  if (job.control.skip == 0.0) bump_versions();
   as_control(control_) = job.control;
+  return std::nullopt;
 }
 
 at::Tensor CpuPlan::reduce(const at::Tensor& unscale) {
+  require_held();
   cpu::Job job = make_job();
   job.control.unscale = *unscale.const_data_ptr<double>();
   const int threads = at::get_num_threads();
@@ -74,6 +86,7 @@ at::Tensor CpuPlan::reduce(const at::Tensor& unscale) {
 }
 
 void CpuPlan::apply(const at::Tensor& control) {
+  require_held();
   cpu::Job job = make_job();
   job.control = as_control(control);
   job.param_clips = param_clips_.empty() ? nullptr : param_clips_.data();
@@ -83,6 +96,7 @@ void CpuPlan::apply(const at::Tensor& control) {
     cpu::apply(job, rule_index(), threads);
   }
   param_clips_.clear();  // they belong to this step's gradients
+  if (job.control.skip == 0.0) bump_versions();
 }
 
 }  // namespace fusedopt

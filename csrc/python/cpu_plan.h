@@ -10,11 +10,12 @@ namespace fusedopt {
 
 class CpuPlan : public NativePlan {
  public:
-  CpuPlan(const std::string& rule, const py::list& slots, const py::list& param_groups,
+  CpuPlan(const std::string& rule, const py::list& slots, const py::object& param_groups,
           const py::dict& state);
 
-  void step(const py::object& grad_scale, const py::object& found_inf,
-            std::optional<double> max_grad_norm, bool skip_nonfinite) override;
+  std::optional<Attention> step(const py::object& param_groups, const py::object& state,
+                                const py::object& grad_scale, const py::object& found_inf,
+                                std::optional<double> max_grad_norm, bool skip_nonfinite) override;
   at::Tensor reduce(const at::Tensor& unscale) override;
   void apply(const at::Tensor& control) override;
 

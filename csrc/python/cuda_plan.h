@@ -10,11 +10,12 @@ namespace fusedopt {
 
 class CudaPlan : public NativePlan {
  public:
-  CudaPlan(const std::string& rule, int device, const py::list& slots, const py::list& param_groups,
-           const py::dict& state);
+  CudaPlan(const std::string& rule, int device, const py::list& slots,
+           const py::object& param_groups, const py::dict& state);
 
-  void step(const py::object& grad_scale, const py::object& found_inf,
-            std::optional<double> max_grad_norm, bool skip_nonfinite) override;
+  std::optional<Attention> step(const py::object& param_groups, const py::object& state,
+                                const py::object& grad_scale, const py::object& found_inf,
+                                std::optional<double> max_grad_norm, bool skip_nonfinite) override;
   at::Tensor reduce(const at::Tensor& unscale) override;
   void apply(const at::Tensor& control) override;
 
@@ -22,8 +23,9 @@ class CudaPlan : public NativePlan {
   bool serves(const TensorRow& row) const override;
 
  private:
-  // Brings the device's table up to this step; returns the current stream.
-  cuda::StreamHandle update();
+  cuda::StreamHandle current_stream() const;
+  // Brings the device's table up to this step.
+  void update(cuda::StreamHandle stream);
   // A number or tensor as a 0-dim float32 tensor on the device, undefined for None.
   at::Tensor on_device(const py::object& value, const char* name) const;
 

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/item.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -25,27 +26,65 @@ bool is_optional(PyObject* name) {
   return name == kDecoupled;
 }
 
-std::string key_text(PyObject* name) { return py::str(name).cast<std::string>(); }
+// Keys that torch asks for their truth only, although rules read them as 0 or 1.
+bool is_flag(const std::string& name) {
+  return name == "maximize" || name == "nesterov" || name == "decoupled_weight_decay";
+}
 
-// The common cases, without the text that an error would need.
+std::string text_of(PyObject* object) { return py::str(object).cast<std::string>(); }
+
+// A number whose value neither changes nor needs Python code to be read.
 bool is_plain_number(PyObject* value) {
-  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value);
+  return PyFloat_Check(value) || PyLong_CheckExact(value) || PyBool_Check(value);
+}
+
+// What a list or tuple holds, borrowed.
+struct Items {
+  PyObject* const* data;
+  size_t size;
+};
+
+std::optional<Items> items_of(PyObject* sequence) {
+  if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) return std::nullopt;
+  return Items{PySequence_Fast_ITEMS(sequence),
+               static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence))};
+}
+
+PyObject* find(PyObject* dict, PyObject* key) {
+  PyObject* const value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+PyObject* params_of(PyObject* dict) {
+  static PyObject* const kParams = intern("params");
+  return find(dict, kParams);
+}
+
+PyObject* lr_of(PyObject* dict) {
+  static PyObject* const kLr = intern("lr");
+  return find(dict, kLr);
 }
 
 }  // namespace
 
-double to_double(PyObject* value, const std::string& what, bool& is_tensor) {
-  if (const at::Tensor* tensor = as_tensor(value)) {
-    is_tensor = true;
-    if (tensor->numel() != 1) {
-      throw py::value_error(what + " is a tensor of " + std::to_string(tensor->numel()) +
+double to_double(PyObject* value, const std::string& what) {
+  if (const at::Tensor* found = as_tensor(value)) {
+    const at::Tensor tensor = *found;
+    if (tensor.numel() != 1) {
+      throw py::value_error(what + " is a tensor of " + std::to_string(tensor.numel()) +
                             " elements; expected a number or a tensor of one element");
     }
-    return tensor->item().toDouble();
+    return tensor.item().toDouble();
   }
   const double number = PyFloat_AsDouble(value);
   if (number == -1.0 && PyErr_Occurred()) {
+    const bool is_too_large = PyErr_ExceptionMatches(PyExc_OverflowError);
     PyErr_Clear();
+    if (is_too_large) {
+      throw py::value_error(what +
+                            " is too large for a float; expected a number of at most 1.8e308");
+    }
     throw py::type_error(what + " is " + py::repr(value).cast<std::string>() +
                          "; expected a number or a tensor of one element");
   }
@@ -57,114 +96,172 @@ std::vector<Groups::Key> Groups::make_keys(const Span<const char*>& names) {
   for (const char* text : names) {
     const char* dot = std::strchr(text, '.');
     if (dot == nullptr) {
-      keys.push_back({intern(text), -1});
+      keys.push_back({intern(text), -1, is_flag(text)});
     } else {
-      keys.push_back({intern(std::string(text, dot).c_str()), std::stoi(dot + 1)});
+      keys.push_back({intern(std::string(text, dot).c_str()), std::stoi(dot + 1), false});
     }
   }
   return keys;
 }
 
-Groups::Groups(const RuleInfo& rule, c10::Device device, const py::list& param_groups)
+Groups::Groups(const RuleInfo& rule, c10::Device device, const py::object& param_groups)
     : device_(device), hyper_(make_keys(rule.hyper)), variants_(make_keys(rule.variants)) {
-  for (const py::handle item : param_groups) {
-    Group group{item.cast<py::dict>(), item["params"].cast<py::list>(), {}, {}, false};
-    for (const py::handle param : group.params) group.members.push_back(param.ptr());
-    groups_.push_back(std::move(group));
-    rows_.push_back(read_row(groups_.size() - 1));
+  if (!items_of(param_groups.ptr())) {
+    throw py::type_error("param_groups is " + py::repr(param_groups).cast<std::string>() +
+                         "; expected a list of dicts");
+  }
+  const auto dicts = py::reinterpret_steal<py::tuple>(PySequence_Tuple(param_groups.ptr()));
+  if (!dicts) throw py::error_already_set();
+  groups_.resize(dicts.size());
+  rows_.resize(dicts.size());
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const py::object dict = dicts[i];
+    PyObject* const params = PyDict_Check(dict.ptr()) ? params_of(dict.ptr()) : nullptr;
+    const auto members = params == nullptr ? std::nullopt : items_of(params);
+    if (!members) {
+      throw py::type_error("param group " + std::to_string(i) +
+                           " is not a dict with a list of parameters at 'params'; add groups with"
+                           " add_param_group");
+    }
+    groups_[i].members.assign(members->data, members->data + members->size);
+    read(i, dict.ptr(), groups_[i], rows_[i]);
   }
 }
 
 bool Groups::refresh(PyObject* param_groups) {
-  if (!PyList_Check(param_groups)) return false;
-  if (static_cast<size_t>(PyList_GET_SIZE(param_groups)) != groups_.size()) return false;
-  static PyObject* const kParams = intern("params");
   for (size_t i = 0; i < groups_.size(); ++i) {
+    // Looked up for each group: reading the numbers of the one before may have changed the list.
+    const auto dicts = items_of(param_groups);
+    if (!dicts || dicts->size != groups_.size() || !PyDict_Check(dicts->data[i])) return false;
     Group& group = groups_[i];
-    if (PyList_GET_ITEM(param_groups, i) != group.dict.ptr()) return false;
-    const bool unchanged = group.guard.unchanged(group.dict.ptr());
-    if (!unchanged && lookup(i, kParams, true) != group.params.ptr()) return false;
-
-    PyObject* const list = group.params.ptr();
-    if (static_cast<size_t>(PyList_GET_SIZE(list)) != group.members.size()) return false;
-    for (size_t k = 0; k < group.members.size(); ++k) {
-      if (PyList_GET_ITEM(list, k) != group.members[k]) return false;
-    }
-
-    if (unchanged && !group.holds_mutable) continue;
-    const GroupRow row = read_row(i);
+    if (group.guard.unchanged(dicts->data[i]) && !group.holds_mutable) continue;
+    const auto dict = py::reinterpret_borrow<py::object>(dicts->data[i]);
+    // Kept only when all of it could be read: a value that is refused must be found again.
+    Group fresh;
+    GroupRow row;
+    read(i, dict.ptr(), fresh, row);
     if (row.variant != rows_[i].variant) return false;
+    fresh.members.swap(group.members);
+    group = std::move(fresh);
     rows_[i] = row;
   }
   return true;
 }
 
-GroupRow Groups::read_row(size_t index) {
-  static PyObject* const kLr = intern("lr");
-  static PyObject* const kMaxValue = intern("max_grad_value");
-  static PyObject* const kMaxNorm = intern("max_grad_norm_per_param");
-  GroupRow row{};
-  Group& group = groups_[index];
-  group.holds_mutable = false;
-  for (size_t k = 0; k < hyper_.size(); ++k) {
-    const Key& key = hyper_[k];
-    if (key.name == kLr && !device_.is_cpu()) {
-      const at::Tensor* lr = as_tensor(lookup(index, kLr, true));
-      if (lr != nullptr && lr->device() == device_ && lr->numel() == 1 && dtype_of(*lr)) {
-        row.lr = lr->const_data_ptr();
-        row.lr_type = *dtype_of(*lr);
-        group.holds_mutable = true;
-        continue;
-      }
+bool Groups::hold(PyObject* param_groups) const {
+  const auto dicts = items_of(param_groups);
+  if (!dicts || dicts->size != groups_.size()) return false;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const Group& group = groups_[i];
+    PyObject* const dict = dicts->data[i];
+    if (!PyDict_Check(dict)) return false;
+    PyObject* params = group.params;
+    if (!group.guard.unchanged(dict)) {
+      params = params_of(dict);
+      if (params == nullptr) return false;
+      if (group.device_lr != nullptr && lr_of(dict) != group.device_lr) return false;
     }
-    row.hyper[k] = read_number(index, key);
+    const auto members = items_of(params);
+    if (!members || members->size != group.members.size() ||
+        !std::equal(group.members.begin(), group.members.end(), members->data)) {
+      return false;
+    }
   }
-  for (size_t k = 0; k < variants_.size(); ++k) {
-    if (read_number(index, variants_[k]) != 0.0) row.variant |= 1 << k;
-  }
-  row.max_grad_value = read_limit(index, kMaxValue);
-  row.max_grad_norm_per_param = read_limit(index, kMaxNorm);
-  group.guard.arm(group.dict.ptr());
-  return row;
+  return true;
 }
 
-PyObject* Groups::lookup(size_t index, PyObject* name, bool required) {
-  PyObject* value = PyDict_GetItemWithError(groups_[index].dict.ptr(), name);
-  if (value == nullptr) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    if (required) {
-      throw py::key_error("param group " + std::to_string(index) + " has no '" + key_text(name) +
+std::vector<PyObject*> Groups::device_lrs() const {
+  std::vector<PyObject*> lrs;
+  for (const Group& group : groups_) {
+    if (group.device_lr != nullptr) lrs.push_back(group.device_lr);
+  }
+  return lrs;
+}
+
+struct Groups::Reader {
+  size_t index;
+  PyObject* dict;
+  bool holds_mutable = false;
+
+  std::string what(PyObject* name) const {
+    return "'" + text_of(name) + "' of param group " + std::to_string(index);
+  }
+
+  // What stands at a key, or at an item of what stands there. Kept alive while it is read.
+  py::object find(const Key& key) {
+    PyObject* const found = fusedopt::find(dict, key.name);
+    if (found == nullptr) {
+      if (is_optional(key.name)) return {};
+      throw py::key_error("param group " + std::to_string(index) + " has no '" + text_of(key.name) +
                           "'; add groups with add_param_group, which fills in the defaults");
     }
-  }
-  return value;
-}
-
-double Groups::read_number(size_t index, const Key& key) {
-  PyObject* value = lookup(index, key.name, !is_optional(key.name));
-  if (value == nullptr) return 0.0;
-  py::object element;
-  if (key.index >= 0) {
-    if (!PyTuple_Check(value)) groups_[index].holds_mutable = true;
-    element = py::reinterpret_steal<py::object>(PySequence_GetItem(value, key.index));
+    auto value = py::reinterpret_borrow<py::object>(found);
+    if (key.index < 0) return value;
+    holds_mutable |= !PyTuple_Check(value.ptr());
+    auto element = py::reinterpret_steal<py::object>(PySequence_GetItem(value.ptr(), key.index));
     if (!element) throw py::error_already_set();
-    value = element.ptr();
+    return element;
   }
-  if (is_plain_number(value)) return PyFloat_AsDouble(value);
-  return to_double(value, "'" + key_text(key.name) + "' of param group " + std::to_string(index),
-                   groups_[index].holds_mutable);
-}
 
-double Groups::read_limit(size_t index, PyObject* name) {
-  PyObject* value = lookup(index, name, false);
-  if (value == nullptr || value == Py_None) return INFINITY;
-  const std::string what = "'" + key_text(name) + "' of param group " + std::to_string(index);
-  const double limit = to_double(value, what, groups_[index].holds_mutable);
-  if (!(limit > 0.0)) {
-    throw py::value_error(what + " is " + std::to_string(limit) +
-                          "; expected a number above 0, or None for no limit");
+  double number(const Key& key) {
+    return key.is_flag ? flag(key) : number(find(key).ptr(), key.name);
   }
-  return limit;
+
+  double number(PyObject* value, PyObject* name) {
+    if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
+    holds_mutable |= !is_plain_number(value);
+    return to_double(value, what(name));
+  }
+
+  // Truth as Python has it, and so torch: None is false.
+  bool flag(const Key& key) {
+    const py::object value = find(key);
+    if (!value || value.is_none()) return false;
+    holds_mutable |= !is_plain_number(value.ptr());
+    const int truth = PyObject_IsTrue(value.ptr());
+    if (truth < 0) throw py::error_already_set();
+    return truth != 0;
+  }
+
+  double limit(PyObject* name) {
+    PyObject* const found = fusedopt::find(dict, name);
+    if (found == nullptr || found == Py_None) return INFINITY;
+    const auto value = py::reinterpret_borrow<py::object>(found);
+    const double limit = number(value.ptr(), name);
+    if (!(limit > 0.0)) {
+      throw py::value_error(what(name) + " is " + std::to_string(limit) +
+                            "; expected a number above 0, or None for no limit");
+    }
+    return limit;
+  }
+};
+
+void Groups::read(size_t index, PyObject* dict, Group& group, GroupRow& row) const {
+  static PyObject* const kMaxValue = intern("max_grad_value");
+  static PyObject* const kMaxNorm = intern("max_grad_norm_per_param");
+  row = {};
+  // Armed first, so that what is written while numbers are read counts as a change.
+  group.guard.arm(dict);
+  group.params = params_of(dict);
+  Reader reader{index, dict};
+  PyObject* const lr_object = device_.is_cpu() ? nullptr : lr_of(dict);
+  const at::Tensor* const lr = lr_object == nullptr ? nullptr : as_tensor(lr_object);
+  if (lr != nullptr && lr->device() == device_ && lr->numel() == 1 && dtype_of(*lr)) {
+    row.lr = lr->const_data_ptr();
+    row.lr_type = *dtype_of(*lr);
+    group.device_lr = lr_object;
+    reader.holds_mutable = true;
+  }
+  // Every rule's first number is the learning rate.
+  for (size_t k = row.lr == nullptr ? 0 : 1; k < hyper_.size(); ++k) {
+    row.hyper[k] = reader.number(hyper_[k]);
+  }
+  for (size_t k = 0; k < variants_.size(); ++k) {
+    if (reader.flag(variants_[k])) row.variant |= 1 << k;
+  }
+  row.max_grad_value = reader.limit(kMaxValue);
+  row.max_grad_norm_per_param = reader.limit(kMaxNorm);
+  group.holds_mutable = reader.holds_mutable;
 }
 
 }  // namespace fusedopt

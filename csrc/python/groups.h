@@ -1,10 +1,12 @@
 // Reads param_groups: the structure (which parameters, in which groups) that a plan was built for,
-// and the hyperparameters, which any scheduler may change before any step.
+// and the hyperparameters, which any scheduler may change before any step. Keeps none of it alive.
 #pragma once
 
 #include <c10/core/Device.h>
 #include <pybind11/pybind11.h>
 
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "core/rule_info.h"
@@ -17,32 +19,40 @@ namespace py = pybind11;
 
 class Groups {
  public:
-  Groups(const RuleInfo& rule, c10::Device device, const py::list& param_groups);
+  // param_groups: a list or tuple of dicts.
+  Groups(const RuleInfo& rule, c10::Device device, const py::object& param_groups);
 
-  // Re-reads what changed. False when the structure or a variant is another: the plan must be built
-  // again.
+  // Re-reads the numbers that changed, which may run Python code and so change anything. False when
+  // a variant is another: the plan must be built again.
   bool refresh(PyObject* param_groups);
+
+  // Whether the groups have the same parameters, and learning rates on the device are where
+  // `refresh` found them. Runs no Python code: while it holds, all members are alive.
+  bool hold(PyObject* param_groups) const;
 
   const std::vector<GroupRow>& rows() const { return rows_; }
   const std::vector<PyObject*>& members(size_t group) const { return groups_[group].members; }
+  // The learning rates on the device; alive while `hold` says so.
+  std::vector<PyObject*> device_lrs() const;
 
  private:
+  // Borrowed pointers, for comparison with what is alive.
   struct Group {
-    py::dict dict;
-    py::list params;
-    std::vector<PyObject*> members;  // borrowed: `params`, or the plan that owns us, keeps them
+    PyObject* params = nullptr;
+    std::vector<PyObject*> members;
+    PyObject* device_lr = nullptr;
     DictGuard guard;
-    bool holds_mutable;  // tensors or lists, which change in place: read them every step
+    bool holds_mutable = false;  // values that change in place: read them every step
   };
   struct Key {
     PyObject* name;  // interned, owned for ever: there is one set a rule
     int index;       // into a sequence (betas), or -1
+    bool is_flag;
   };
+  // A group while its numbers are read.
+  struct Reader;
 
-  GroupRow read_row(size_t index);
-  double read_number(size_t index, const Key& key);
-  double read_limit(size_t index, PyObject* name);
-  PyObject* lookup(size_t index, PyObject* name, bool required);
+  void read(size_t index, PyObject* dict, Group& group, GroupRow& row) const;
 
   static std::vector<Key> make_keys(const Span<const char*>& names);
 
@@ -53,8 +63,7 @@ class Groups {
   std::vector<GroupRow> rows_;
 };
 
-// A Python number or 1-element tensor as a double; sets `is_tensor` for the latter. Raises
-// TypeError naming `what`.
-double to_double(PyObject* value, const std::string& what, bool& is_tensor);
+// A Python number or 1-element tensor as a double. Raises TypeError or ValueError naming `what`.
+double to_double(PyObject* value, const std::string& what);
 
 }  // namespace fusedopt

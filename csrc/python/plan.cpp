@@ -23,42 +23,24 @@ size_t find_rule(const std::string& name) {
 constexpr c10::DispatchKeySet kOddKeys({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
                                         c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python});
 
-const void* storage_bytes(const c10::TensorImpl* impl) {
-  return impl->unsafe_storage().unsafeGetStorageImpl()->data();
-}
-
-// Where a tensor's elements begin, without the checks of data_ptr().
-const void* first_byte(const c10::TensorImpl* impl) {
-  return static_cast<const char*>(storage_bytes(impl)) +
-         impl->storage_offset() * static_cast<int64_t>(impl->dtype().itemsize());
-}
-
-// A number that differs when number type, offset into the storage, sizes or strides do.
-uint64_t shape_number(const c10::TensorImpl* impl) {
-  constexpr uint64_t kPrime = 0x9e3779b97f4a7c15u;
-  const auto sizes = impl->sizes();
-  const auto strides = impl->strides();
-  uint64_t number = static_cast<uint64_t>(impl->storage_offset()) * kPrime ^
-                    static_cast<uint64_t>(impl->dtype().toScalarType());
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    number = (number ^ static_cast<uint64_t>(sizes[d])) * kPrime;
-    number = (number ^ static_cast<uint64_t>(strides[d])) * kPrime + d;
-  }
-  return number;
-}
-
-const at::Tensor& grad_of(const c10::TensorImpl* param) {
+const at::Tensor& grad_of(const c10::TensorImpl& param) {
   static const at::Tensor kNone;
-  const auto* const meta = static_cast<torch::autograd::AutogradMeta*>(param->autograd_meta());
+  const auto* const meta = static_cast<torch::autograd::AutogradMeta*>(param.autograd_meta());
   return meta == nullptr ? kNone : meta->grad_;
 }
 
-// The counter in a parameter's state; null when it has none.
+// What stands in a dict at a name of torch's; borrowed, null when there is nothing. Such names are
+// plain strings, so this runs no Python code.
+PyObject* entry(PyObject* dict, PyObject* name) {
+  PyObject* const value = dict == nullptr ? nullptr : PyDict_GetItemWithError(dict, name);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// The counter in a parameter's state.
 PyObject* step_of(PyObject* state) {
   static PyObject* const kStep = PyUnicode_InternFromString("step");
-  PyObject* const step = PyDict_GetItemWithError(state, kStep);
-  if (step == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return step;
+  return entry(state, kStep);
 }
 
 // Stands for the address of a gradient without elements, which may have no memory: null would mean
@@ -73,52 +55,57 @@ Attention rebuild() {
 
 }  // namespace
 
-Plan::Watched::Watched(const at::Tensor& tensor)
-    : impl(tensor.unsafeGetTensorImpl()), data(storage_bytes(impl)), shape(shape_number(impl)) {}
-
-bool Plan::Watched::unchanged() const {
-  return storage_bytes(impl) == data && shape_number(impl) == shape;
-}
-
 Plan::Plan(const std::string& rule, c10::Device device, const py::list& slots,
-           const py::list& param_groups, const py::dict& state, int32_t piece_length)
+           const py::object& param_groups, const py::dict& state, int32_t piece_length)
     : rule_index_(find_rule(rule)),
       rule_(&all_rules().data[rule_index_]),
       device_(device),
-      groups_(*rule_, device, param_groups),
-      state_(state) {
+      groups_(*rule_, device, param_groups) {
   for (const rules::StateName& name : rule_->states) {
     state_names_.push_back(PyUnicode_InternFromString(name.name));
   }
   slots_.resize(slots.size());
-  owned_.resize(slots.size());
+  layouts_.resize(slots.size());
   rows_.resize(slots.size());
-  for (size_t i = 0; i < slots.size(); ++i) {
-    const auto [group, param, counter] =
-        slots[i].cast<std::tuple<int32_t, py::object, py::object>>();
-    Owned& owned = owned_[i];
-    owned.param_object = param;
-    owned.param = *as_tensor(param.ptr());
-    owned.counter = counter;
-    TensorRow& row = rows_[i];
-    row.group = group;
-    row.param = owned.param.mutable_data_ptr();
-    row.param_type = dtype_of(owned.param).value();
-    row.numel = owned.param.numel();
-    slots_[i].watched[slots_[i].watched_count++] = Watched(owned.param);
-    if (const at::Tensor* tensor = as_tensor(counter.ptr())) {
-      row.step = tensor->mutable_data_ptr();
-      row.step_type = dtype_of(*tensor).value();
-      slots_[i].watched[slots_[i].watched_count++] = Watched(*tensor);
-    }
-    adopt_state(i);
-  }
+  for (size_t i = 0; i < slots.size(); ++i) add_slot(i, slots[i], state.ptr());
   PyObject *key, *value;
-  for (Py_ssize_t at = 0; PyDict_Next(state_.ptr(), &at, &key, &value);) {
+  for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
     state_entries_.emplace_back(key, value);
   }
-  state_guard_.arm(state_.ptr());
+  state_guard_.arm(state.ptr());
+  written_storages_ = PointerFilter(watched_.size());
+  for (const Watched& watched : watched_) written_storages_.add(watched.storage());
   cut_pieces(piece_length);
+}
+
+void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
+  const auto [group, param, counter] = given.cast<std::tuple<int32_t, py::object, py::object>>();
+  const at::Tensor& tensor = *as_tensor(param.ptr());
+  TensorRow& row = rows_[index];
+  row.group = group;
+  row.param = tensor.mutable_data_ptr();
+  row.param_type = dtype_of(tensor).value();
+  row.numel = tensor.numel();
+  numel_ += row.numel;
+  Slot& slot = slots_[index];
+  slot.first_watched = watched_.size();
+  watched_.emplace_back(param.ptr(), geometries_);
+  slot.state = PyDict_GetItemWithError(state, param.ptr());
+  if (slot.state == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  if (slot.state != nullptr && !PyDict_Check(slot.state)) slot.state = nullptr;
+  slot.step = step_of(slot.state);
+  if (slot.state != nullptr) slot.guard.arm(slot.state);
+  const bool has_states = adopt_states(index);
+  const at::Tensor* const steps = as_tensor(counter.ptr());
+  slot.ready = has_states && steps != nullptr;
+  if (steps == nullptr) return;
+  row.step = steps->mutable_data_ptr();
+  row.step_type = dtype_of(*steps).value();
+  if (slot.step == nullptr) {
+    hidden_counters_.push_back(*steps);
+  } else {
+    watched_.emplace_back(slot.step, geometries_);
+  }
 }
 
 bool Plan::wants_state(size_t name, size_t index) const {
@@ -126,99 +113,106 @@ bool Plan::wants_state(size_t name, size_t index) const {
   return (bit & variant_of(rows_[index])) == bit;
 }
 
-void Plan::adopt_state(size_t index) {
+// Points the row at its states. False when one is missing or does not fit.
+bool Plan::adopt_states(size_t index) {
   Slot& slot = slots_[index];
-  Owned& owned = owned_[index];
   TensorRow& row = rows_[index];
-  slot.dense = owned.param.is_non_overlapping_and_dense();
-  slot.state = PyDict_GetItemWithError(state_.ptr(), owned.param_object.ptr());
-  if (slot.state == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  owned.state = py::reinterpret_borrow<py::object>(slot.state);
-  if (slot.state != nullptr) {
-    owned.step = step_of(slot.state);
-    slot.guard.arm(slot.state);
-  }
+  const at::Tensor& param = param_of(slot).tensor();
+  slot.dense = param.is_non_overlapping_and_dense();
   for (size_t i = 0; i < rule_->states.size; ++i) {
     if (!wants_state(i, index)) continue;
-    PyObject* const value =
-        slot.state == nullptr ? nullptr : PyDict_GetItemWithError(slot.state, state_names_[i]);
-    const at::Tensor* tensor = value == nullptr ? nullptr : as_tensor(value);
-    if (tensor == nullptr) return;
-    if (tensor->sizes() != owned.param.sizes() || tensor->device() != owned.param.device() ||
-        !dtype_of(*tensor)) {
-      throw py::value_error(std::string("state '") + rule_->states.data[i].name + "' of " +
-                            name_of(index) + " is " + describe(*tensor) +
-                            "; expected a floating-point tensor like the parameter, " +
-                            describe(owned.param) +
-                            ". Load a matching checkpoint, or delete optimizer.state[parameter]");
-    }
-    const size_t k = owned.state_objects.size();
-    row.state[k] = tensor->mutable_data_ptr();
-    row.state_type[k] = *dtype_of(*tensor);
-    slot.dense = slot.dense &&
-                 same_strides(*tensor->unsafeGetTensorImpl(), *owned.param.unsafeGetTensorImpl());
-    slot.watched[slot.watched_count++] = Watched(*tensor);
-    owned.state_objects.push_back(py::reinterpret_borrow<py::object>(value));
+    PyObject* const value = entry(slot.state, state_names_[i]);
+    const at::Tensor* const tensor = value == nullptr ? nullptr : as_tensor(value);
+    if (tensor == nullptr || !fits(*tensor, param)) return false;
+    row.state[slot.state_count] = tensor->mutable_data_ptr();
+    row.state_type[slot.state_count] = *dtype_of(*tensor);
+    slot.dense =
+        slot.dense && same_strides(*tensor->unsafeGetTensorImpl(), *param.unsafeGetTensorImpl());
+    watched_.emplace_back(value, geometries_);
+    ++slot.state_count;
   }
-  slot.ready = row.step != nullptr;
+  return true;
 }
 
-std::optional<Attention> Plan::begin(const py::list& param_groups, const py::dict& state) {
-  if (state.ptr() != state_.ptr() || !groups_.refresh(param_groups.ptr()) || !state_dict_holds()) {
-    return rebuild();
+// Raises for a state that does not fit its parameter: it hinders only a step that needs it.
+void Plan::check_state(size_t index) const {
+  const at::Tensor& param = param_of(slots_[index]).tensor();
+  for (size_t i = 0; i < rule_->states.size; ++i) {
+    if (!wants_state(i, index)) continue;
+    PyObject* const value = entry(slots_[index].state, state_names_[i]);
+    const at::Tensor* const tensor = value == nullptr ? nullptr : as_tensor(value);
+    if (tensor == nullptr || fits(*tensor, param)) continue;
+    throw py::value_error(
+        std::string("state '") + rule_->states.data[i].name + "' of " + name_of(index) + " is " +
+        describe(*tensor) + "; expected a floating-point tensor like the parameter, " +
+        describe(param) + ". Load a matching checkpoint, or delete optimizer.state[parameter]");
   }
-  std::vector<size_t> missing, foreign;
+}
+
+std::optional<Attention> Plan::begin(const py::object& param_groups, const py::object& state) {
+  // Comes first, because it may run Python code and so change anything. Nothing below does.
+  if (!groups_.refresh(param_groups.ptr())) return rebuild();
+  if (!groups_.hold(param_groups.ptr()) || !state_dict_holds(state.ptr())) return rebuild();
+  std::vector<size_t> missing, foreign, sharing;
   for (size_t i = 0; i < slots_.size(); ++i) {
     prefetch(i);
     if (!slot_holds(i)) return rebuild();
-    const at::Tensor& grad = grad_of(slots_[i].watched[0].impl);
+    const at::Tensor& grad = grad_of(param_of(slots_[i]).impl());
     rows_[i].grad = nullptr;
     if (!grad.defined()) continue;
     if (!take_gradient(i, grad)) {
       rows_[i].grad = nullptr;
       foreign.push_back(i);
-    } else if (!slots_[i].ready) {
+      continue;
+    }
+    if (!slots_[i].ready) {
+      check_state(i);
       missing.push_back(i);
+    }
+    const auto& storage = grad.unsafeGetTensorImpl()->unsafe_storage();
+    if (written_storages_.may_hold(storage.unsafeGetStorageImpl())) sharing.push_back(i);
+  }
+  if (std::any_of(sharing.begin(), sharing.end(), [this](size_t i) { return writes_grad(i); })) {
+    // torch's rules go through the parameters in their order, so that results are defined.
+    foreign.clear();
+    for (size_t i = 0; i < slots_.size(); ++i) {
+      if (grad_of(param_of(slots_[i]).impl()).defined()) foreign.push_back(i);
+      rows_[i].grad = nullptr;
     }
   }
   if (missing.empty() && foreign.empty()) return std::nullopt;
   Attention attention;
-  for (const size_t i : missing) attention.missing.append(owned_[i].param_object);
-  for (const size_t i : foreign) attention.foreign.append(owned_[i].param_object);
+  for (const size_t i : missing) attention.missing.push_back(object_of(i));
+  for (const size_t i : foreign) attention.foreign.push_back(object_of(i));
   return attention;
 }
 
-// The validation waits for memory: a few slots ahead of it, asks for torch's tensor objects, then
-// for the storages that they point to. Always inlined: g++ takes a function that only prefetches
-// for one without effect and drops the call.
+// The validation waits for memory: a few slots ahead of it, asks for the objects that it will
+// compare. Always inlined: g++ takes a function that only prefetches for one without effect and
+// drops the call.
 __attribute__((always_inline)) inline void Plan::prefetch(size_t index) const {
-  constexpr size_t kStorages = 4;
-  constexpr size_t kTensors = 8;
-  if (index + kTensors >= slots_.size()) return;
-  const Slot& far = slots_[index + kTensors];
-  for (int i = 0; i < far.watched_count; ++i) {
-    const auto* const bytes = reinterpret_cast<const char*>(far.watched[i].impl);
-    for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(bytes + at);
-  }
-  const Slot& near = slots_[index + kStorages];
-  for (int i = 0; i < near.watched_count; ++i) {
-    __builtin_prefetch(near.watched[i].impl->unsafe_storage().unsafeGetStorageImpl());
-  }
-  __builtin_prefetch(near.watched[0].impl->autograd_meta());
+  constexpr size_t kAhead = 8;
+  if (index + kAhead >= slots_.size()) return;
+  const Slot& slot = slots_[index + kAhead];
+  const size_t end = watched_end(slot);
+  for (size_t k = slot.first_watched; k < end; ++k) watched_[k].prefetch();
+  __builtin_prefetch(slot.state);
 }
 
-// Whether optimizer.state still maps the same parameters to the same inner dicts.
-bool Plan::state_dict_holds() {
-  if (state_guard_.unchanged(state_.ptr())) return true;
+// Whether optimizer.state still maps the same parameters to the same inner dicts, which are alive
+// then.
+bool Plan::state_dict_holds(PyObject* state) {
+  if (!PyDict_Check(state)) return false;
+  if (state_guard_.unchanged(state)) return true;
   PyObject *key, *value;
   size_t count = 0;
-  for (Py_ssize_t at = 0; PyDict_Next(state_.ptr(), &at, &key, &value); ++count) {
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value); ++count) {
     if (count == state_entries_.size() || state_entries_[count] != std::pair(key, value)) {
       return false;
     }
   }
   if (count != state_entries_.size()) return false;
-  state_guard_.arm(state_.ptr());
+  state_guard_.arm(state);
   return true;
 }
 
@@ -226,28 +220,31 @@ bool Plan::state_dict_holds() {
 // describes.
 bool Plan::slot_holds(size_t index) {
   const Slot& slot = slots_[index];
-  for (int i = 0; i < slot.watched_count; ++i) {
-    if (!slot.watched[i].unchanged()) return false;
+  if (slot.state != nullptr && !slot.guard.unchanged(slot.state) && !state_holds(index)) {
+    return false;
   }
-  return slot.state == nullptr || slot.guard.unchanged(slot.state) || state_holds(index);
+  const size_t end = watched_end(slot);
+  for (size_t k = slot.first_watched; k < end; ++k) {
+    if (!watched_[k].unchanged(geometries_)) return false;
+  }
+  return true;
 }
 
-// Whether optimizer.state[parameter], which was written to, still holds the same tensors, and still
+// Whether optimizer.state[parameter], which was written to, still holds the same objects, and still
 // lacks what it lacked.
 bool Plan::state_holds(size_t index) {
   Slot& slot = slots_[index];
-  if (step_of(slot.state) != owned_[index].step) return false;
-  const auto& objects = owned_[index].state_objects;
-  size_t k = 0;
+  if (!PyDict_Check(slot.state) || step_of(slot.state) != slot.step) return false;
+  const Watched* next = &watched_[slot.first_watched + 1];
+  const Watched* const end = next + slot.state_count;
   for (size_t i = 0; i < state_names_.size(); ++i) {
     if (!wants_state(i, index)) continue;
-    PyObject* const value = PyDict_GetItemWithError(slot.state, state_names_[i]);
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    if (k == objects.size()) {
+    PyObject* const value = entry(slot.state, state_names_[i]);
+    if (next == end) {
       if (value != nullptr && as_tensor(value) != nullptr) return false;
       break;
     }
-    if (value != objects[k++].ptr()) return false;
+    if (value != (next++)->object()) return false;
   }
   slot.guard.arm(slot.state);
   return true;
@@ -257,46 +254,105 @@ bool Plan::state_holds(size_t index) {
 bool Plan::take_gradient(size_t index, const at::Tensor& grad) {
   const Slot& slot = slots_[index];
   const auto& impl = *grad.unsafeGetTensorImpl();
-  const auto& param = *slot.watched[0].impl;
-  const bool as_before = impl.key_set() == slot.grad_keys && impl.dtype() == slot.grad_dtype &&
-                         slot.dense && impl.sizes() == param.sizes() && same_strides(impl, param) &&
-                         impl.device() == device_;
-  if (!as_before || rows_[index].layout != nullptr) return take_new_gradient(index, grad);
+  if (slot.grad_geometry < 0 || !geometries_[slot.grad_geometry].fits(impl)) {
+    if (!take_new_gradient(index, grad)) return false;
+  }
   TensorRow& row = rows_[index];
-  row.grad = row.numel == 0 ? kNowhere : first_byte(&impl);
-  row.layout = nullptr;
+  row.grad = row.numel == 0 ? kNowhere : first_byte(impl);
   return true;
 }
 
 bool Plan::take_new_gradient(size_t index, const at::Tensor& grad) {
   Slot& slot = slots_[index];
-  Owned& owned = owned_[index];
   TensorRow& row = rows_[index];
+  const at::Tensor& param = param_of(slot).tensor();
   if (grad.layout() != at::kStrided || grad.key_set().has_any(kOddKeys)) return false;
   const auto type = dtype_of(grad);
-  if (grad.sizes() != owned.param.sizes() || grad.device() != owned.param.device() || !type) {
+  if (!fits(grad, param)) {
     throw py::value_error("the gradient of " + name_of(index) + " is " + describe(grad) +
                           "; expected a floating-point tensor shaped like the parameter, " +
-                          describe(owned.param) +
-                          ". Set parameter.grad = None and run backward again");
+                          describe(param) + ". Set parameter.grad = None and run backward again");
   }
-  row.grad = row.numel == 0 ? kNowhere : grad.const_data_ptr();
   std::vector<int64_t> layout;
-  const auto& param = *slot.watched[0].impl;
-  if (!slot.dense || !same_strides(*grad.unsafeGetTensorImpl(), param)) {
-    std::vector<const at::Tensor*> operands{&owned.param, &grad};
-    for (const auto& state : owned.state_objects) operands.push_back(as_tensor(state.ptr()));
+  const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
+  if (!slot.dense || !same_strides(impl, param_of(slot).impl())) {
+    std::vector<const c10::TensorImpl*> operands{&param_of(slot).impl(), &impl};
+    for (int32_t k = 1; k <= slot.state_count; ++k) {
+      operands.push_back(&watched_[slot.first_watched + k].impl());
+    }
     write_layout(operands, layout);
   }
-  if (row.grad_type != *type || owned.layout != layout || !slot.grad_seen) ++rows_version_;
+  if (row.grad_type != *type || layouts_[index] != layout || !slot.grad_seen) ++rows_version_;
   row.grad_type = *type;
-  owned.layout = std::move(layout);
-  row.layout = owned.layout.empty() ? nullptr : owned.layout.data();
+  layouts_[index] = std::move(layout);
+  row.layout = layouts_[index].empty() ? nullptr : layouts_[index].data();
   slot.grad_seen = true;
   if (!serves(row)) return false;
-  slot.grad_keys = grad.key_set();
-  slot.grad_dtype = grad.dtype();
+  slot.grad_geometry = geometries_.number_of(impl);
   return true;
+}
+
+// Whether a gradient lies in memory that the step writes.
+bool Plan::writes_grad(size_t index) {
+  if (written_.empty()) {
+    for (const Slot& slot : slots_) {
+      for (int32_t k = 0; k <= slot.state_count; ++k) {
+        const c10::TensorImpl& tensor = watched_[slot.first_watched + k].impl();
+        if (tensor.numel() != 0) written_.push_back(bytes_of(tensor));
+      }
+    }
+    std::sort(written_.begin(), written_.end());
+  }
+  const at::Tensor& grad = grad_of(param_of(slots_[index]).impl());
+  if (grad.numel() == 0) return false;
+  // They do not overlap: what shares memory takes torch's rules (fusedopt/_routing.py).
+  const auto [first, last] = bytes_of(*grad.unsafeGetTensorImpl());
+  const auto after = std::lower_bound(written_.begin(), written_.end(), std::pair(last, last));
+  return after != written_.begin() && std::prev(after)->second > first;
+}
+
+void Plan::hold() {
+  if (is_held_) {
+    throw std::runtime_error(
+        "step() was called inside of a step() of the same optimizer; call it before or after");
+  }
+  held_.reserve(watched_.size() + rows_.size());
+  const auto keep = [this](const at::Tensor& tensor) {
+    held_.push_back(tensor);
+    held_storages_.push_back(tensor.storage());
+  };
+  for (const Watched& watched : watched_) keep(watched.tensor());
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (rows_[i].grad != nullptr) keep(grad_of(param_of(slots_[i]).impl()));
+  }
+  for (PyObject* const lr : groups_.device_lrs()) keep(*as_tensor(lr));
+  is_held_ = true;
+}
+
+void Plan::release() {
+  // What dies here may run Python code, and even begin a step.
+  const auto tensors = std::move(held_);
+  const auto storages = std::move(held_storages_);
+  held_.clear();
+  held_storages_.clear();
+  is_held_ = false;
+}
+
+void Plan::require_held() const {
+  if (is_held_) return;
+  throw std::runtime_error(
+      "the plan was asked for a pass before begin() found it in order; call begin() first in every"
+      " step");
+}
+
+void Plan::bump_versions() const {
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (rows_[i].grad == nullptr) continue;
+    const Slot& slot = slots_[i];
+    for (int32_t k = 0; k <= slot.state_count; ++k) {
+      watched_[slot.first_watched + k].impl().bump_version();
+    }
+  }
 }
 
 bool Plan::needs_reduce(std::optional<double> max_grad_norm, bool skip_nonfinite) const {
@@ -325,11 +381,15 @@ Table Plan::table() const {
           static_cast<int64_t>(pieces_.size())};
 }
 
+py::object Plan::object_of(size_t index) const {
+  return py::reinterpret_borrow<py::object>(param_of(slots_[index]).object());
+}
+
 // "parameter 3 of param group 1", for messages.
 std::string Plan::name_of(size_t index) const {
   const int32_t group = rows_[index].group;
   const auto& members = groups_.members(group);
-  const auto at = std::find(members.begin(), members.end(), owned_[index].param_object.ptr());
+  const auto at = std::find(members.begin(), members.end(), param_of(slots_[index]).object());
   return "parameter " + std::to_string(at - members.begin()) + " of param group " +
          std::to_string(group);
 }

@@ -32,7 +32,7 @@ constexpr int32_t kWholeTensor = INT32_MAX;
 }  // namespace
 
 TablePlan::TablePlan(const std::string& rule, c10::Device device, const py::list& slots,
-                     const py::list& param_groups, const py::dict& state)
+                     const py::object& param_groups, const py::dict& state)
     : Plan(rule, device, slots, param_groups, state, kWholeTensor) {
   for (size_t i = 0; i < Plan::rows().size(); ++i) {
     if (has_state(i)) described_.push_back(i);

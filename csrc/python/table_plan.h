@@ -12,7 +12,7 @@ namespace fusedopt {
 class TablePlan : public Plan {
  public:
   TablePlan(const std::string& rule, c10::Device device, const py::list& slots,
-            const py::list& param_groups, const py::dict& state);
+            const py::object& param_groups, const py::dict& state);
 
   // A tuple for every parameter whose state exists, in the order of kernels/pieces.py's Row:
   // (param, states, step, step type, layout, numel, group, variant, types). The others would cost a
@@ -25,6 +25,7 @@ class TablePlan : public Plan {
   // them in `words` stays.
   std::pair<size_t, size_t> write(const py::buffer& words);
 
+  using Plan::bump_versions;
   using Plan::needs_reduce;
   using Plan::rows_version;
 

@@ -7,7 +7,10 @@
 namespace fusedopt {
 
 const at::Tensor* as_tensor(PyObject* object) {
-  return THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
+  const bool is_tensor =
+      THPVariable_CheckExact(object) ||
+      PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass));
+  return is_tensor ? &THPVariable_Unpack(object) : nullptr;
 }
 
 std::optional<DType> dtype_of(const at::Tensor& tensor) {
@@ -39,15 +42,27 @@ at::ScalarType scalar_type_of(DType type) {
   TORCH_INTERNAL_ASSERT(false, "no such number type");
 }
 
-void write_layout(const std::vector<const at::Tensor*>& operands, std::vector<int64_t>& layout) {
-  const at::Tensor& first = *operands.front();
-  const int64_t ndim = first.dim();
+bool fits(const at::Tensor& tensor, const at::Tensor& param) {
+  return tensor.sizes() == param.sizes() && tensor.device() == param.device() &&
+         dtype_of(tensor).has_value();
+}
+
+void write_layout(const std::vector<const c10::TensorImpl*>& operands,
+                  std::vector<int64_t>& layout) {
+  const c10::TensorImpl& first = *operands.front();
+  layout.clear();
+  if (first.numel() == 0) return;
+  std::vector<size_t> dims;
+  for (size_t d = 0; d < first.sizes().size(); ++d) {
+    if (first.sizes()[d] != 1) dims.push_back(d);
+  }
+  const auto ndim = static_cast<int64_t>(dims.size());
   layout.assign(Layout::words(ndim), 0);
   layout[0] = ndim;
   for (int64_t d = 0; d < ndim; ++d) {
-    layout[1 + d] = first.size(d);
+    layout[1 + d] = first.sizes()[dims[d]];
     for (size_t i = 0; i < operands.size(); ++i) {
-      layout[1 + ndim * (1 + i) + d] = operands[i]->stride(d);
+      layout[1 + ndim * (1 + i) + d] = operands[i]->strides()[dims[d]];
     }
   }
 }

@@ -11,7 +11,7 @@
 
 namespace fusedopt {
 
-// The tensor inside a Python object; null when the object is no tensor.
+// The tensor inside a Python object; null when the object is no tensor. Runs no Python code.
 const at::Tensor* as_tensor(PyObject* object);
 
 // Our number type, or nothing for a type that no kernel reads.
@@ -19,6 +19,10 @@ std::optional<DType> dtype_of(const at::Tensor& tensor);
 
 // torch's name for one of our number types.
 at::ScalarType scalar_type_of(DType type);
+
+// Whether a gradient or state can belong to a parameter: the same shape and device, and a number
+// type that kernels read.
+bool fits(const at::Tensor& tensor, const at::Tensor& param);
 
 // Whether two tensors of the same shape place their elements in the same order with the same
 // strides.
@@ -34,8 +38,10 @@ inline bool same_strides(const c10::TensorImpl& a, const c10::TensorImpl& b) {
 }
 
 // Writes the layout of a row (see Layout) for operands that may differ in strides; operands beyond
-// the given ones get none.
-void write_layout(const std::vector<const at::Tensor*>& operands, std::vector<int64_t>& layout);
+// the given ones get none. Dimensions of one element are left out, so that 62 are the most there
+// can be. Nothing for tensors without elements.
+void write_layout(const std::vector<const c10::TensorImpl*>& operands,
+                  std::vector<int64_t>& layout);
 
 // "float32 [2, 3] on cpu", for messages.
 std::string describe(const at::Tensor& tensor);
