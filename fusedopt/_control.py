@@ -41,8 +41,8 @@ def unscale_factor(grad_scale: Any, device: torch.device) -> Tensor:
     """Returns 1 / grad_scale as a 0-dim float64 tensor on ``device``; 1 without a scale."""
     if grad_scale is None:
         return torch.ones((), dtype=torch.float64, device=device)
-    scale = torch.as_tensor(grad_scale, dtype=torch.float64).reshape(())
-    return scale.to(device).reciprocal()
+    scale = torch.as_tensor(grad_scale, dtype=torch.float64, device=device).reshape(())
+    return scale.reciprocal()
 
 
 def settle(
@@ -71,7 +71,7 @@ def settle(
     clip = one if max_grad_norm is None else clip_coefficient(norm, max_grad_norm)
     skip = nonfinite if skip_nonfinite else torch.zeros_like(nonfinite)
     if found_inf is not None:
-        skip = skip | (torch.as_tensor(found_inf).to(device).reshape(()) != 0)
+        skip = skip | (torch.as_tensor(found_inf, device=device).reshape(()) != 0)
     return torch.stack([unscale, clip, norm, nonfinite.to(torch.float64), skip.to(torch.float64)])
 
 

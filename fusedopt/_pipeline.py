@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,10 @@ from torch import Tensor
 from . import _control, _routing, backends
 from ._control import GradTransform
 from ._counters import StepCounters
+from ._routing import Member
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
-
-
-class Member(NamedTuple):
-    """A parameter and where it stands: the index of its group, and of itself among all."""
-
-    group: int
-    place: int
-    param: Tensor
 
 
 class Pipeline:
@@ -82,7 +75,9 @@ class Pipeline:
 
     def _step(self, skip_nonfinite: bool) -> None:
         if torch._C._len_torch_dispatch_stack() > 0:
-            _routing.refuse_fake_mode(member.param for member in self._entries())
+            _routing.refuse_fake_mode(
+                member.param for member in _routing.members_of(self._optimizer.param_groups)
+            )
         plan = self._only_plan
         if plan is not None:
             attention = self._step_alone(plan, skip_nonfinite)
@@ -138,7 +133,11 @@ class Pipeline:
                 self._begin()
             finally:
                 self._end()
-            by_torch = {id(m.param) for m in self._entries() if m.place in self._torch_places}
+            by_torch = {
+                id(m.param)
+                for m in _routing.members_of(self._optimizer.param_groups)
+                if m.place in self._torch_places
+            }
             if id(param) in by_torch or param.device not in (self._plans or {}):
                 return "torch"
             backend = backends.for_device(self._optimizer.backend, param.device)
@@ -148,8 +147,8 @@ class Pipeline:
         """Brings the plans to the beginning of this step; returns what is left to torch's rules."""
         # A first look may find a plan outdated, a second state missing.
         for _ in range(3):
-            entries = self._entries()
-            if self._torch_places and _identities(entries) != self._built_over:
+            entries = _routing.members_of(self._optimizer.param_groups)
+            if self._torch_places and _routing.identities(entries) != self._built_over:
                 self.reset()
             if self._plans is None:
                 self._build(entries)
@@ -232,12 +231,6 @@ class Pipeline:
                 foreign += attention[2]
         return rebuild, missing, foreign
 
-    def _entries(self) -> list[Member]:
-        """Returns every parameter with the index of its group, in order."""
-        groups = self._optimizer.param_groups
-        pairs = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
-        return [Member(index, place, param) for place, (index, param) in enumerate(pairs)]
-
     def _build(self, entries: list[Member]) -> None:
         optimizer = self._optimizer
         if not isinstance(optimizer.state, dict):
@@ -248,7 +241,7 @@ class Pipeline:
         if any(member.param.device.type in ("cuda", "xpu") for member in entries):
             _refuse_while_capturing()
         optimizer._check_capturable()
-        self._built_over = _identities(entries)
+        self._built_over = _routing.identities(entries)
         self._shard_type = _routing.sharded(member.param for member in entries)
         if len({id(member.param) for member in entries}) != len(entries):
             # torch updates a parameter that is listed twice twice, and has warned about it.
@@ -382,10 +375,6 @@ _CHANGED = (
     "param_groups or state change while a step is being prepared; do not write to them from another"
     " thread, and keep tensors under torch's names in optimizer.state"
 )
-
-
-def _identities(entries: list[Member]) -> list[tuple[int, int, type]]:
-    return [(group, id(param), type(param)) for group, _, param in entries]
 
 
 def _refuse_while_capturing() -> None:

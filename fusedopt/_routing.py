@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Member(NamedTuple):
+    """A parameter and where it stands: the index of its group, and of itself among all."""
+
+    group: int
+    place: int
+    param: Tensor
+
+
+def members_of(param_groups: Any) -> list[Member]:
+    """Returns every parameter, in order.
+
+    Raises:
+        TypeError: If ``param_groups`` is no list of dicts.
+    """
+    if not isinstance(param_groups, (list, tuple)):
+        raise TypeError(f"param_groups is {param_groups!r}; expected a list of dicts")
+    members: list[Member] = []
+    for index, group in enumerate(param_groups):
+        params = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(params, (list, tuple)):
+            raise TypeError(
+                f"param group {index} is not a dict with a list of parameters at 'params'; add"
+                " groups with add_param_group"
+            )
+        members += [Member(index, len(members) + i, param) for i, param in enumerate(params)]
+    return members
+
+
+def identities(members: Iterable[Member]) -> list[tuple[int, int, type]]:
+    """Returns what tells other parameters and groups from these, keeping none of them alive."""
+    return [(group, id(param), type(param)) for group, _, param in members]
 
 
 def not_plain(param: Tensor) -> str | None:

@@ -77,9 +77,11 @@ class Books:
         self._group_of: list[int] = []
         self._state_counts: list[int] = []
         self._stateless: list[tuple[int, int]] = []
-        served_entries = []
+        own_entries = []
         for group, param, counter in slots:
             entry = entries.get(id(param), {})
+            if id(param) in entries:
+                own_entries.append(entry)
             tensors = [entry.get(name) for name in self._names(group)]
             fit = all(isinstance(each, Tensor) and _fits(each, param) for each in tensors)
             if counter is None or not fit:
@@ -90,19 +92,15 @@ class Books:
             states += tensors
             self._group_of.append(group)
             self._state_counts.append(len(tensors))
-            if id(param) in entries:
-                served_entries.append(entry)
         self._key_ids, self._entry_ids = ids(state.keys()), ids(state.values())
-        self._entry_places = _places(served_entries, state.values())
-        values = _all_values(served_entries)
-        self._value_ids = ids(values)
+        self._entry_places = _places(own_entries, state.values())
+        self._value_ids = ids(_all_values(own_entries))
+        self._steps = [(counter.data_ptr(), counter.dtype) for counter in counters]
+        # Where to find what is watched: among all groups' parameters and the values of the state.
+        place_of = {each: place for place, each in enumerate([*members, *self._value_ids])}
         # Counters that no state holds are ours to keep.
-        in_state = set(self._value_ids)
-        self._hidden_counters = [each for each in counters if id(each) not in in_state]
-        watched = [*params, *counters, *states]
-        # Where to find them: parameters of all groups, values of all entries, counters of ours.
-        pool = [*members, *self._value_ids, *ids(self._hidden_counters)]
-        place_of = {each: place for place, each in enumerate(pool)}
+        self._hidden_counters = [each for each in counters if id(each) not in place_of]
+        watched = [*params, *states, *(each for each in counters if id(each) in place_of)]
         self._watched_places = [place_of[id(each)] for each in watched]
         self._types = list(map(type, watched))
         self._addresses = list(map(_address_of, watched))
@@ -177,7 +175,7 @@ class Books:
 
     def bump_versions(self) -> None:
         """Tells autograd that the step wrote parameters and states."""
-        first = 2 * len(self._group_of)
+        first = len(self._group_of)
         written = []
         for index, address in enumerate(self._grads):
             last = first + self._state_counts[index]
@@ -189,7 +187,7 @@ class Books:
     def _find(
         self, param_groups: ParamGroups, state: State
     ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """All parameters, and what the rows describe: parameters, counters, states.
+        """All parameters, and what the rows describe: parameters, states, counters.
 
         None when those are others than they were, or elsewhere.
         """
@@ -206,7 +204,7 @@ class Books:
         values = _all_values(entries[place] for place in self._entry_places)
         if ids(values) != self._value_ids:
             return None
-        pool = [*members, *values, *self._hidden_counters]
+        pool = [*members, *values]
         watched = [pool[place] for place in self._watched_places]
         if (
             list(map(type, watched)) == self._types
@@ -305,8 +303,7 @@ class Books:
 
     def rows(self) -> list[Row]:
         """The parameters whose state exists, as the tables need them; of a step that has begun."""
-        rows, count = [], len(self._group_of)
-        first = 2 * count
+        rows, first = [], len(self._group_of)
         for index, group in enumerate(self._group_of):
             last = first + self._state_counts[index]
             param, states = self._tensors[index], self._tensors[first:last]
@@ -319,8 +316,7 @@ class Books:
                 Row(
                     self._addresses[index],
                     tuple(self._addresses[first:last]),
-                    self._addresses[count + index],
-                    self._tensors[count + index].dtype,
+                    *self._steps[index],
                     layout_words(param.shape, strides),
                     param.numel(),
                     group,

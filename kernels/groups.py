@@ -14,6 +14,8 @@ import torch
 from fusedopt.kernels import table
 from torch import Tensor
 
+from fusedopt._routing import members_of
+
 ParamGroups = Sequence[Mapping[str, Any]]
 
 # What torch asks for its truth only, although rules read it as 0 or 1.
@@ -60,21 +62,11 @@ class Groups:
         names = dict.fromkeys(name.partition(".")[0] for name in (*rule.HYPER, *rule.VARIANTS))
         self._needed = names.keys() - {_OPTIONAL}
         self._keys = (*names, "max_grad_value", "max_grad_norm_per_param")
-        self._check(param_groups)
+        members_of(param_groups)  # raises for what is none
         self.members = [ids(group["params"]) for group in param_groups]
         self._values = [self._read(group) for group in param_groups]
         self.variants = [self._variant(i, group) for i, group in enumerate(param_groups)]
         self.rows = [self._resolve(i, group) for i, group in enumerate(param_groups)]
-
-    def _check(self, param_groups: ParamGroups) -> None:
-        if not isinstance(param_groups, (list, tuple)):
-            raise TypeError(f"param_groups is {param_groups!r}; expected a list of dicts")
-        for index, group in enumerate(param_groups):
-            if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
-                raise TypeError(
-                    f"param group {index} is not a dict with a list of parameters at 'params'; add"
-                    " groups with add_param_group"
-                )
 
     def refresh(self, param_groups: ParamGroups) -> bool | None:
         """Whether any number has changed; None when there are other groups or variants."""

@@ -80,6 +80,7 @@ double to_double(PyObject* value, const std::string& what) {
   const double number = PyFloat_AsDouble(value);
   if (number == -1.0 && PyErr_Occurred()) {
     const bool is_too_large = PyErr_ExceptionMatches(PyExc_OverflowError);
+    if (!is_too_large && !PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
     PyErr_Clear();
     if (is_too_large) {
       throw py::value_error(what +
