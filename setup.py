@@ -256,7 +256,7 @@ class BuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = ROOT / "build" / "cmake"
         programs = RECIPE.programs
-        stamp = "\n".join([str(folder), sys.executable, *programs.values()])
+        stamp = "\n".join([str(folder), *programs.values()])
         stamp_file = folder / "toolchain.txt"
         # CMake cannot change the compiler of a folder, nor use one that was moved.
         if not stamp_file.exists() or stamp_file.read_text() != stamp:

@@ -186,8 +186,7 @@ class Pipeline:
     def _build(self) -> dict[torch.device, Any]:
         optimizer = self._optimizer
         entries = self._entries()
-        if any(param.device.type in ("cuda", "xpu") for _, param in entries):
-            _refuse_while_capturing()
+        _refuse_while_capturing({param.device.type for _, param in entries})
         optimizer._check_capturable()
         self._order = {param: i for i, (_, param) in enumerate(entries)}
         self._group_of = {param: index for index, param in entries}
@@ -309,11 +308,11 @@ class Pipeline:
         return {**group, "params": params}
 
 
-def _refuse_while_capturing() -> None:
+def _refuse_while_capturing(device_types: set[str]) -> None:
     """Raises RuntimeError under graph capture: state and tables are made outside of it."""
-    if torch.accelerator.current_accelerator(check_available=True) is None:
-        return
-    if torch.accelerator.current_stream().is_capturing():
+    # Not torch.accelerator.current_stream(), which in torch 2.11 cannot say it.
+    graphs = device_types & {"cuda", "xpu"}
+    if any(getattr(torch, kind).is_current_stream_capturing() for kind in graphs):
         raise RuntimeError(
             "step() is captured in a graph before its state and tables exist, or after the"
             " parameters or groups changed; run one warm-up step outside of the capture"

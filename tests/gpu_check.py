@@ -120,12 +120,11 @@ class Check:
 
     def _start(self, job: Job, stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
         log = stack.enter_context(self.log(job.name).open("wb"))
-        # The package that is installed, not the sources in this folder, and compiled kernels.
-        environment = {**os.environ, "PYTHONSAFEPATH": "1", **job.environment}
+        environment = {**os.environ, **job.environment}
         environment.pop("TRITON_INTERPRET", None)
         process = subprocess.Popen(
             job.command,
-            cwd=ROOT,
+            cwd=HERE,  # Not the checkout, whose fusedopt would be imported.
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -21,7 +21,7 @@ PATH = os.pathsep.join(
 
 def python(code: str) -> str:
     """Runs code in a fresh interpreter, away from the repository, and returns what it printed."""
-    environment = {**os.environ, "PYTHONPATH": PATH, "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONPATH": PATH}
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
