@@ -111,6 +111,11 @@ def test_public_names():
     assert fusedopt.__version__
 
 
+def test_types_are_declared():
+    """Type checkers read our annotations only where the marker is installed."""
+    assert (Path(fusedopt.__file__).parent / "py.typed").exists()
+
+
 def test_overview_on_the_command_line():
     """`python -m fusedopt` says for every backend whether it works here."""
     text = python("import runpy; runpy.run_module('fusedopt', run_name='__main__')")
