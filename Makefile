@@ -11,7 +11,7 @@ CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -
 
 .NOTPARALLEL:
 .PHONY: help demo quick test lint test-cpp test-python test-triton test-oldest test-newest test-pythons \
-        format bench bench-gpu report gpu-install gpu-check clean
+        format bench bench-gpu sweep-gpu report gpu-install gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -85,6 +85,9 @@ bench: $(VENV)/installed.stamp  ## measure on this CPU
 
 bench-gpu: gpu-install  ## measure on the GPU of $(PYTHON); no network, no virtual environment
 	$(PYTHON) benchmarks/run.py gpu
+
+sweep-gpu: gpu-install  ## time what the CUDA launcher chooses against other choices, on the GPU of $(PYTHON)
+	$(PYTHON) benchmarks/sweep.py
 
 report: $(VENV)/installed.stamp  ## tables and plots from the recorded results
 	$(BIN)/python benchmarks/report.py
