@@ -10,7 +10,8 @@ SOURCES := $(shell find cmake csrc fusedopt kernels -name __pycache__ -prune -o 
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
-.PHONY: help demo test lint test-cpp test-python test-triton format bench bench-gpu report gpu-install gpu-check clean
+.PHONY: help demo quick test lint test-cpp test-python test-triton test-oldest test-newest test-pythons \
+        format bench bench-gpu sweep-gpu report gpu-install gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,13 +21,27 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 	$(PIP) install -r requirements-dev.txt
 	touch $@
 
+# Elsewhere than in this folder, whose fusedopt would be imported.
+REPORT = cd $(VENV) && bin/python -m fusedopt
+
 $(VENV)/installed.stamp: $(VENV)/requirements.stamp $(SOURCES)
+	rm -f $(VENV)/quick.stamp
 	$(PIP) install --no-build-isolation --no-deps .
-	PYTHONSAFEPATH=1 $(BIN)/python -m fusedopt
+	$(REPORT)
+	touch $@
+
+$(VENV)/quick.stamp: $(VENV)/requirements.stamp $(SOURCES)
+	rm -f $(VENV)/installed.stamp
+	FUSEDOPT_BUILD=cpu $(PIP) install --no-build-isolation --no-deps .
 	touch $@
 
 demo: $(VENV)/installed.stamp  ## train on real data with torch.optim and with fusedopt, and compare
 	$(BIN)/python examples/demo.py
+
+quick: $(VENV)/quick.stamp  ## ruff, mypy and a thin table of tests on the cpu and torch backends; no nvcc
+	$(BIN)/ruff check .
+	$(BIN)/mypy fusedopt
+	$(BIN)/python -m pytest -q --thin --backend=cpu --backend=torch
 
 test: lint test-cpp test-python  ## everything that has to pass
 
@@ -43,14 +58,22 @@ test-cpp: $(VENV)/installed.stamp  ## the C++ tests, without torch
 	$(BIN)/cmake --build build/cmake --target fusedopt_tests
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure --no-tests=error
 
-# PYTHONSAFEPATH keeps fusedopt/ and kernels/ of this folder out of the way of the installed package,
-# also in the processes that tests start.
 test-python: $(VENV)/installed.stamp  ## the Python tests, against the installed package
-	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q
 
 test-triton: $(VENV)/installed.stamp  ## every test of the Triton backend in its interpreter: half an hour
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q --backend=triton
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q tests/test_triton_*.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --backend=triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_triton_*.py
+
+# In environments of their own under build/; THIN=--thin leaves out most combinations.
+test-oldest:  ## the suite on the oldest torch that we support
+	$(PYTHON) tests/environments.py --torch 2.11.0 -- $(THIN)
+
+test-newest:  ## the suite on the newest torch
+	$(PYTHON) tests/environments.py --torch 2.15.0 -- $(THIN)
+
+test-pythons:  ## a thin suite on each Python from 3.10 to 3.14 that is on this machine
+	$(PYTHON) tests/environments.py --python 3.10 3.11 3.12 3.13 3.14 -- --thin
 
 format: $(VENV)/requirements.stamp  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix-only .
@@ -63,6 +86,9 @@ bench: $(VENV)/installed.stamp  ## measure on this CPU
 bench-gpu: gpu-install  ## measure on the GPU of $(PYTHON); no network, no virtual environment
 	$(PYTHON) benchmarks/run.py gpu
 
+sweep-gpu: gpu-install  ## time what the CUDA launcher chooses against other choices, on the GPU of $(PYTHON)
+	$(PYTHON) benchmarks/sweep.py
+
 report: $(VENV)/installed.stamp  ## tables and plots from the recorded results
 	$(BIN)/python benchmarks/report.py
 
@@ -70,7 +96,7 @@ gpu-install:
 	FUSEDOPT_BUILD=cuda $(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps .
 
 gpu-check: gpu-install  ## check on the GPU of $(PYTHON); no network, no virtual environment
-	PYTHONSAFEPATH=1 $(PYTHON) tests/gpu_check.py
+	$(PYTHON) tests/gpu_check.py
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent
 NATIVE = ("cpu", "cuda")
 CHOICES = ("auto", "cpu", "cuda", "none")
 OLDEST_TORCH = (2, 11)
-# One machine-code image for each, and PTX of the last one for newer GPUs.
-CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+# The GPUs to compile for when TORCH_CUDA_ARCH_LIST, whose language this is, is not set. Those of
+# this machine come to it.
+CUDA_ARCHITECTURES = "8.0+PTX 8.6 8.9 9.0 10.0 12.0"
 
 CXX_PROBE = """
 #include <Python.h>
@@ -60,7 +61,13 @@ class Recipe:
     backends: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     programs: dict[str, str] = field(default_factory=dict)
-    cuda_architectures: tuple[str, ...] = ()
+    # What nvcc's --gencode gets, one front-end pass each.
+    cuda_passes: tuple[str, ...] = ()
+
+    def wanted(self) -> tuple[str, ...]:
+        """Returns the backends whose absence is a surprise."""
+        wanted = {"none": (), "cpu": ("cpu",)}.get(self.choice, NATIVE)
+        return wanted if platform.system() == "Linux" else ()
 
     def summary(self) -> str:
         """Says in one line what FUSEDOPT_BUILD led to."""
@@ -98,14 +105,14 @@ def make_recipe(choice: str) -> Recipe:
     torch_version = find_torch()
     programs: dict[str, str] = {}
     missing: dict[str, str] = {}
-    architectures: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
     try:
         programs["cxx"] = find_cxx()
         programs["cmake"] = find_program("cmake", "CMAKE_BIN_DIR")
         programs["ninja"] = find_program("ninja", "BIN_DIR")
         if choice != "cpu":
             try:
-                programs["nvcc"], architectures = find_nvcc()
+                programs["nvcc"], passes = find_nvcc()
             except MissingPieceError as reason:
                 missing["cuda"] = str(reason)
     except MissingPieceError as reason:
@@ -115,7 +122,7 @@ def make_recipe(choice: str) -> Recipe:
         sys.exit(f"fusedopt: FUSEDOPT_BUILD={choice} cannot be built here: {first}")
     left_out |= missing
     backends = tuple(piece for piece in NATIVE if piece not in left_out)
-    return Recipe(choice, torch_version, backends, left_out, programs, architectures)
+    return Recipe(choice, torch_version, backends, left_out, programs, passes)
 
 
 def find_torch() -> str:
@@ -169,7 +176,7 @@ def find_cxx() -> str:
 
 
 def find_nvcc() -> tuple[str, tuple[str, ...]]:
-    """Returns the path of a working nvcc and the architectures as CMake writes them."""
+    """Returns the path of a working nvcc and what it is to compile for."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
     nvcc = next((path for place in places if place and (path := shutil.which(place))), None)
@@ -182,14 +189,31 @@ def find_nvcc() -> tuple[str, tuple[str, ...]]:
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = re.findall(r"compute_(\d+)", listed.stdout)
     if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return nvcc, parse_architectures(asked, known, nvcc)
-    *others, last = [number for number in CUDA_ARCHITECTURES if number in known]
-    return nvcc, (*(f"{number}-real" for number in others), f"{last}-real", f"{last}-virtual")
+        items = parse_architectures(asked)
+        if unknown := [item for item, number, _, _ in items if number not in known]:
+            sys.exit(
+                f"fusedopt: TORCH_CUDA_ARCH_LIST has {unknown[0]!r}, "
+                f"but {nvcc} knows only {', '.join(known)}"
+            )
+    else:
+        items = parse_architectures(f"{CUDA_ARCHITECTURES} {local_architectures()}")
+        items = [item for item in items if item[1] in known]
+    return nvcc, make_passes(items)
 
 
-def parse_architectures(asked: str, known: list[str], nvcc: str) -> tuple[str, ...]:
-    """Translates torch's "8.0;9.0a+PTX" into CMake's "80-real", "90a-real", "90a-virtual"."""
-    result: list[str] = []
+def local_architectures() -> str:
+    """Returns the compute capabilities of the GPUs of this machine; they only add to the list."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return " ".join(re.findall(r"^\d+\.\d$", answer.stdout, re.MULTILINE))
+
+
+def parse_architectures(asked: str) -> list[tuple[str, str, str, bool]]:
+    """Translates torch's "8.0 9.0a+PTX" into (item, "90", "a", whether PTX is asked for) each."""
+    result = []
     for item in re.split(r"[;,\s]+", asked.strip("; ,")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if match is None:
@@ -197,16 +221,30 @@ def parse_architectures(asked: str, known: list[str], nvcc: str) -> tuple[str, .
                 f"fusedopt: TORCH_CUDA_ARCH_LIST has {item!r}; "
                 "expected items like 8.0, 9.0a or 9.0+PTX"
             )
-        number = match[1] + match[2]
-        if number not in known:
-            sys.exit(
-                f"fusedopt: TORCH_CUDA_ARCH_LIST has {item!r}, "
-                f"but {nvcc} knows only {', '.join(known)}"
-            )
-        result.append(f"{number}{match[3]}-real")
-        if match[4]:
-            result.append(f"{number}{match[3]}-virtual")
-    return tuple(dict.fromkeys(result))
+        result.append((item, match[1] + match[2], match[3], match[4] is not None))
+    return result
+
+
+def make_passes(items: list[tuple[str, str, str, bool]]) -> tuple[str, ...]:
+    """Groups architectures by what nvcc's front end does differently for them.
+
+    A pass compiles for its oldest one, whose PTX runs on newer GPUs too; the kernels use nothing
+    that only newer ones have. But below 8.0 there are no native conversions of half types, and what
+    has a letter is only for itself.
+    """
+    passes: dict[str, list[tuple[int, str, bool]]] = {}
+    for _, number, letter, ptx in items:
+        kind = number + letter if letter else "below 8.0" if int(number) < 80 else "from 8.0"
+        passes.setdefault(kind, []).append((int(number), letter, ptx))
+    result = []
+    for members in passes.values():
+        numbers = sorted({(number, letter) for number, letter, _ in members})
+        oldest = f"compute_{numbers[0][0]}{numbers[0][1]}"
+        codes = [f"sm_{number}{letter}" for number, letter in numbers]
+        if any(ptx for _, _, ptx in members):
+            codes.append(oldest)
+        result.append(f"arch={oldest},code=[{','.join(codes)}]")
+    return tuple(result)
 
 
 def try_compiler(command: list[str], name: str, source: str, hint: str) -> None:
@@ -238,9 +276,9 @@ class BuildPy(build_py):
         facts = {
             "TORCH_VERSION": RECIPE.torch_version,
             "BACKENDS": RECIPE.backends,
+            "WANTED": RECIPE.wanted(),
             "LEFT_OUT": RECIPE.left_out,
-            "CUDA_ARCHITECTURES": RECIPE.cuda_architectures,
-            "SUMMARY": RECIPE.summary(),
+            "CUDA_CODES": re.findall(r"(?<=[[,])(?:sm|compute)_\w+", " ".join(RECIPE.cuda_passes)),
         }
         lines = ['"""What setup.py built; written by it."""', ""]
         lines += [f"{name} = {value!r}" for name, value in facts.items()]
@@ -256,7 +294,7 @@ class BuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = ROOT / "build" / "cmake"
         programs = RECIPE.programs
-        stamp = "\n".join([str(folder), sys.executable, *programs.values()])
+        stamp = "\n".join([str(folder), *programs.values()])
         stamp_file = folder / "toolchain.txt"
         # CMake cannot change the compiler of a folder, nor use one that was moved.
         if not stamp_file.exists() or stamp_file.read_text() != stamp:
@@ -269,7 +307,7 @@ class BuildExt(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={programs['ninja']}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFUSEDOPT_CUDA={'ON' if cuda else 'OFF'}",
-            f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(RECIPE.cuda_architectures)}",
+            f"-DFUSEDOPT_CUDA_PASSES={';'.join(RECIPE.cuda_passes)}",
         ]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.environ.get("MAX_JOBS")
         jobs = jobs or str(len(os.sched_getaffinity(0)))
@@ -285,15 +323,16 @@ class BuildExt(build_ext):
         shutil.copy2(folder / target.name, target)
 
 
-# Commands that only ask for metadata must work without torch and without a compiler; dist_info is
-# the first step of an installation and must fail before pip starts to download dependencies.
-if {"egg_info", "sdist", "clean"}.isdisjoint(sys.argv):
-    CHOICE = read_choice()
-    RECIPE = Recipe(CHOICE) if "dist_info" in sys.argv else make_recipe(CHOICE)
-else:
-    RECIPE = Recipe("none")
+if __name__ == "__main__":
+    # Commands that only ask for metadata must work without torch and without a compiler; dist_info
+    # is the first step of an installation and must fail before pip starts to download dependencies.
+    if {"egg_info", "sdist", "clean"}.isdisjoint(sys.argv):
+        CHOICE = read_choice()
+        RECIPE = Recipe(CHOICE) if "dist_info" in sys.argv else make_recipe(CHOICE)
+    else:
+        RECIPE = Recipe("none")
 
-setup(
-    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
-    ext_modules=[Extension("fusedopt._C", [])] if RECIPE.backends else [],
-)
+    setup(
+        cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+        ext_modules=[Extension("fusedopt._C", [])] if RECIPE.backends else [],
+    )

@@ -175,6 +175,14 @@ def _stock_obstacle(flag: str) -> Callable[[Case], str | None]:
             return f"torch.optim has no {case.algorithm}"
         if flag not in inspect.signature(kind.__init__).parameters:
             return f"torch.optim.{case.algorithm} has no {flag} implementation"
+        # Some take the flag and refuse the device at the first step: the fused Adagrad of torch
+        # 2.11 does so on GPUs.
+        param = torch.nn.Parameter(torch.ones(1, dtype=case.torch_dtype, device=case.device))
+        param.grad = torch.ones_like(param)
+        try:
+            kind([param], **({} if flag == "params" else {flag: True}), **case.options()).step()
+        except RuntimeError as error:
+            return f"torch.optim.{case.algorithm}({flag}=True) refuses {case.device}: {error}"
         return None
 
     return obstacle

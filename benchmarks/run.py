@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -96,6 +97,10 @@ def main() -> int:
     if arguments.select is None and arguments.output is None:
         report.write_all()
     report.print_summary(records.load([path]))
+    if device == "cuda":
+        # A GPU is often on a machine that one file is easily brought back from.
+        archive = SCRATCH.parent / f"bench-{path.parent.name}"
+        print(f"all of it in one file: {shutil.make_archive(str(archive), 'gztar', path.parent)}")
     return int(status)
 
 

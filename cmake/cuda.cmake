@@ -1,15 +1,9 @@
 # The CUDA backend: apply.cu once for every rule, the other .cu files once. It sees neither torch nor
 # a driver, and carries the CUDA runtime in itself. Result: FUSEDOPT_CUDA_OBJECTS.
-if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120)
-endif()
-# All machine codes come from one pass of the front end, for the oldest architecture, whose PTX is kept for GPUs newer than the
-# list: half the compile time of a pass for each, and the kernels use nothing that only newer ones have.
-string(REGEX MATCHALL "[0-9]+" architectures "${CMAKE_CUDA_ARCHITECTURES}")
-list(SORT architectures COMPARE NATURAL)
-list(GET architectures 0 oldest)
-list(TRANSFORM architectures PREPEND "sm_" OUTPUT_VARIABLE codes)
-list(JOIN codes "," codes)
+
+# setup.py chooses them. By hand PTX has to do, which a driver compiles when it loads it.
+set(FUSEDOPT_CUDA_PASSES "arch=compute_80,code=compute_80"
+    CACHE STRING "What nvcc compiles for: arguments of --gencode, a pass of its front end each")
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
@@ -18,9 +12,10 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 # Correctly rounded, uncontracted arithmetic: the same bits as on the CPU.
-set(cuda_flags "SHELL:-gencode arch=compute_${oldest},code=[${codes},compute_${oldest}]"
-               -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false
-               -Xcompiler=-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra)
+list(TRANSFORM FUSEDOPT_CUDA_PASSES PREPEND "SHELL:-gencode " OUTPUT_VARIABLE cuda_flags)
+list(APPEND cuda_flags
+     -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false
+     -Xcompiler=-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra)
 
 # One object for every rule leaves cores idle on a large machine: there each nvcc takes several
 # architectures at a time.

@@ -45,13 +45,13 @@ def main() -> None:
             f"  cpu kernels use {native.instruction_set()} (this CPU runs"
             f" {', '.join(native.instruction_sets())}), {torch.get_num_threads()} threads"
         )
+        if codes := extension.build_info().CUDA_CODES:  # type: ignore[union-attr]
+            print(f"  cuda kernels hold code for {', '.join(codes)}")
     if triton.unavailable() is None:
         print(f"  triton steps are prepared by {triton.host_path()}")
 
     print("\nbackend='auto' means")
-    for device in ("cuda", "cpu"):
-        if device == "cuda" and not torch.cuda.is_available():
-            continue
+    for device in (*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"):
         chosen = backends.for_device("auto", torch.device(device))
         print(f"  parameters on {device}: {'torch' if chosen is None else chosen.NAME}")
 

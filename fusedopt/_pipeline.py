@@ -238,8 +238,7 @@ class Pipeline:
                 f"optimizer.state is {optimizer.state!r}; expected a dict. Start over with"
                 " optimizer.state = collections.defaultdict(dict)"
             )
-        if any(member.param.device.type in ("cuda", "xpu") for member in entries):
-            _refuse_while_capturing()
+        _refuse_while_capturing({member.param.device.type for member in entries})
         optimizer._check_capturable()
         self._built_over = _routing.identities(entries)
         self._shard_type = _routing.sharded(member.param for member in entries)
@@ -377,11 +376,11 @@ _CHANGED = (
 )
 
 
-def _refuse_while_capturing() -> None:
+def _refuse_while_capturing(device_types: set[str]) -> None:
     """Raises RuntimeError under graph capture: state and tables are made outside of it."""
-    if torch.accelerator.current_accelerator(check_available=True) is None:
-        return
-    if torch.accelerator.current_stream().is_capturing():
+    # Not torch.accelerator.current_stream(), which in torch 2.11 cannot say it.
+    graphs = device_types & {"cuda", "xpu"}
+    if any(getattr(torch, kind).is_current_stream_capturing() for kind in graphs):
         raise RuntimeError(
             "step() is captured in a graph before its state and tables exist, or after the"
             " parameters or groups changed; run one warm-up step outside of the capture"

@@ -42,6 +42,16 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
 
     _rule = "adagrad"
 
+    def _collect(self, group: dict[str, Any]) -> tuple[list[list[Any]], Any]:
+        # torch 2.11 makes state in the constructor only, and refuses `fused` on GPUs here.
+        fused = group["fused"]
+        initial = self.defaults["initial_accumulator_value"]
+        for param in group["params"]:
+            if param.grad is not None and not self.state[param]:
+                new = torch.optim.Adagrad([param], initial_accumulator_value=initial, fused=fused)
+                self.state[param] = new.state[param]
+        return super()._collect({**group, "fused": False})
+
     def _check_for_torch(self, group: dict[str, Any]) -> None:
         _, (has_sparse_grad, _) = self._collect(group)
         decays = group["weight_decay"] != 0 and not group["decoupled_weight_decay"]

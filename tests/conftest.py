@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
+
+# The installed package is what is tested. `python -m pytest` puts the checkout, where it is
+# called from, before it; so does `python -c` in a process that a test starts without a folder.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the options."""
     group = parser.getgroup("fusedopt")
-    group.addoption("--backend", help="run only what runs on this backend")
+    group.addoption(
+        "--backend",
+        action="append",
+        help="run only what runs on this backend; give it several times for several backends",
+    )
     group.addoption(
         "--thin",
         action="store_true",
@@ -23,8 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what the options say."""
     kept = items
-    if backend := config.getoption("--backend"):
-        kept = [item for item in kept if _params(item).get("backend") == backend]
+    if backends := config.getoption("--backend"):
+        kept = [item for item in kept if _params(item).get("backend") in backends]
     if config.getoption("--thin"):
         kept = _thinned(kept)
     if left_out := [item for item in items if item not in set(kept)]:

@@ -1,7 +1,8 @@
 """Everything that can only be checked on a GPU, with the installed package: `make gpu-check`.
 
-Ends by itself, leaves logs, junit files and summary.json in one folder, prints a summary last. The
-exit status is 0 only when every stage that this machine has the tools for was run and passed.
+Ends by itself, leaves logs, junit files and summary.json in one folder and in one archive beside
+it, prints a summary last. The exit status is 0 only when every stage that this machine has the
+tools for was run and passed, 1 when one failed, 2 when none did but some ran out of time.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import xml.etree.ElementTree
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,13 +28,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 PASSED, FAILED, NOT_RUN, OUT_OF_TIME = "passed", "failed", "not run", "out of time"
-#: The longest that each stage may take, in seconds; together below --seconds.
+#: What is kept for each stage, in seconds; together below --seconds. A stage may also take what the
+#: stages before it have left of theirs.
 LIMITS = {
     "report": 40,
     "tests": 260,
     "times": 60,
     "sanitizer": 80,
 }
+#: How long a process that ran out of time gets to write down what it has.
+GRACE = 5
 #: Processes for the existing suite. Triton compiles, which takes most of its time.
 WORKERS = {"cuda": 3, "triton": 5}
 #: Threads of each process that runs tests: there are about as many processes as cores.
@@ -105,27 +111,40 @@ class Check:
         print("; ".join(word for word in words if word), flush=True)
         return stage
 
-    def run(self, name: str, jobs: Sequence[Job], limit: float) -> list[Stage]:
+    def run(self, name: str, jobs: Sequence[Job]) -> list[Stage]:
         """Runs jobs side by side, as far as time allows, and returns their stages."""
         start = time.monotonic()
-        limit = min(limit, self.deadline - start)
-        if limit < 5:
+        names = list(LIMITS)
+        later = sum(LIMITS[other] for other in names[names.index(name) + 1 :])
+        limit = max(self.deadline - start - later, min(LIMITS[name], self.deadline - start))
+        if limit < 2 * GRACE:
             detail = "no time was left; raise --seconds"
             return [self.finish(Stage(job.name, OUT_OF_TIME, detail)) for job in jobs]
         print(f"-- {name}, at most {limit:.0f} s", flush=True)
         with contextlib.ExitStack() as stack:
             running = [self._start(job, stack) for job in jobs]
-            pairs = zip(jobs, running, strict=True)
-            return [self.finish(self._wait(job, process, start, limit)) for job, process in pairs]
+            _await(running, start + limit - GRACE)
+            late = [process for process in running if process.poll() is None]
+            for process in late:
+                os.killpg(process.pid, signal.SIGINT)
+            _await(late, start + limit)
+        stages = []
+        for job, process in zip(jobs, running, strict=True):
+            stage = Stage(job.name, PASSED, seconds=time.monotonic() - start)
+            if process in late:
+                stage.status, stage.detail = OUT_OF_TIME, f"ended after its limit of {limit:.0f} s"
+            elif process.returncode != 0:
+                stage.status, stage.detail = FAILED, f"exit status {process.returncode}"
+            stages.append(self.finish(self._judge(job, stage)))
+        return stages
 
     def _start(self, job: Job, stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
         log = stack.enter_context(self.log(job.name).open("wb"))
-        # The package that is installed, not the sources in this folder, and compiled kernels.
-        environment = {**os.environ, "PYTHONSAFEPATH": "1", **job.environment}
+        environment = {**os.environ, **job.environment}
         environment.pop("TRITON_INTERPRET", None)
         process = subprocess.Popen(
             job.command,
-            cwd=ROOT,
+            cwd=HERE,  # Not the checkout, whose fusedopt would be imported.
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -135,29 +154,27 @@ class Check:
         stack.callback(_end, process)
         return process
 
-    def _wait(
-        self, job: Job, process: subprocess.Popen[bytes], start: float, limit: float
-    ) -> Stage:
-        stage = Stage(job.name, PASSED)
-        try:
-            code = process.wait(max(0.0, start + limit - time.monotonic()))
-            if code != 0:
-                stage.status, stage.detail = FAILED, f"exit status {code}"
-        except subprocess.TimeoutExpired:
-            _end(process)
-            stage.status, stage.detail = FAILED, f"ended after its limit of {limit:.0f} s"
-        stage.seconds = time.monotonic() - start
+    def _judge(self, job: Job, stage: Stage) -> Stage:
+        """Adds what the job wrote to how it ended."""
+        log = self.log(job.name)
         if job.junit is not None:
-            _count(job.junit, stage)
+            _count(job.junit, log, stage)
         if stage.status != PASSED:
-            stage.detail += f", see {self.log(job.name).name}: {_last_line(self.log(job.name))}"
+            stage.detail += f", see {log.name}: {_last_line(log)}"
         return stage
 
     def summarise(self) -> int:
-        """Writes summary.json, prints the summary, returns the exit status."""
-        passed = all(stage.status in (PASSED, NOT_RUN) for stage in self.stages)
+        """Writes summary.json and the archive, prints the summary, returns the exit status."""
+        found = {stage.status for stage in self.stages}
+        verdict, status = (
+            ("FAILED", 1)
+            if FAILED in found
+            else ("is incomplete: nothing failed, but time ran out", 2)
+            if OUT_OF_TIME in found
+            else ("passed", 0)
+        )
         summary = {
-            "passed": passed,
+            "passed": status == 0,
             "seconds": round(time.monotonic() - self.start, 1),
             "machine": self.machine,
             "stages": [asdict(stage) for stage in self.stages],
@@ -169,8 +186,19 @@ class Check:
             print(f"  {stage.status:12}{stage.name}")
             if stage.status != PASSED:
                 print(f"              {stage.detail}")
-        print("gpu-check passed" if passed else "gpu-check FAILED")
-        return 0 if passed else 1
+        archive = shutil.make_archive(
+            str(self.output), "gztar", self.output.parent, self.output.name
+        )
+        print(f"all of it in one file: {archive}")
+        print(f"gpu-check {verdict}")
+        return status
+
+
+def _await(processes: Sequence[subprocess.Popen[bytes]], until: float) -> None:
+    """Waits for processes, and for the clock at most."""
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -186,15 +214,25 @@ def _last_line(path: Path) -> str:
     return lines[-1][:200] if lines else "nothing was printed"
 
 
-def _count(path: Path, stage: Stage) -> None:
-    """Reads how many tests passed; a stage in which none did has not passed."""
-    if not path.exists():
-        return
-    suite = next(xml.etree.ElementTree.parse(path).getroot().iter("testsuite"))
-    found = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    found["passed"] = found.pop("tests") - sum(found.values())
+def _count(path: Path, log: Path, stage: Stage) -> None:
+    """Reads how many tests passed; a stage in which none did has not passed, one that failed has.
+
+    Pytest writes its junit file last: of one that had no time for that, the log is read.
+    """
+    if path.exists():
+        suite = next(xml.etree.ElementTree.parse(path).getroot().iter("testsuite"))
+        found = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+        found["passed"] = found.pop("tests") - sum(found.values())
+    else:
+        words = re.findall(
+            r" (PASSED|FAILED|ERROR|SKIPPED)\b", log.read_text(encoding="utf-8", errors="replace")
+        )
+        names = {"FAILED": "failures", "ERROR": "errors", "SKIPPED": "skipped", "PASSED": "passed"}
+        found = {name: words.count(word) for word, name in names.items()}
     stage.counts = found
-    if found["passed"] == 0 and stage.status == PASSED:
+    if found["failures"] or found["errors"]:
+        stage.status = FAILED
+    elif found["passed"] == 0 and stage.status == PASSED:
         stage.status, stage.detail = FAILED, "not one test passed"
 
 
@@ -237,7 +275,7 @@ def report(check: Check) -> bool:
         Job("report", python("-m", "fusedopt")),
         Job("machine", python("-c", PROBE)),
     ]
-    stages = check.run("report", jobs, LIMITS["report"])
+    stages = check.run("report", jobs)
     print(check.log("report").read_text(encoding="utf-8", errors="replace"))
     if any(stage.status != PASSED for stage in stages):
         detail = "fusedopt does not start here; run make gpu-install with this Python"
@@ -303,13 +341,13 @@ def sanitizer(check: Check) -> None:
         )
         for name in ("memcheck", "racecheck")
     ]
-    check.run("compute-sanitizer", jobs, LIMITS["sanitizer"])
+    check.run("sanitizer", jobs)
 
 
 def times(check: Check) -> None:
     """Measures and prints a first table."""
     job = Job("times", python(HERE / "gpu_times.py", check.output / "times.json"))
-    check.run("times", [job], LIMITS["times"])
+    check.run("times", [job])
     log = check.log("times")
     if log.exists():
         print(log.read_text(encoding="utf-8", errors="replace"))
@@ -325,16 +363,25 @@ def main() -> int:
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     check = Check(output, arguments.seconds)
+    try:
+        run_stages(check)
+    except Exception as error:  # What the stages before have found must come out all the same.
+        traceback.print_exc()
+        check.finish(Stage("gpu-check itself", FAILED, repr(error)))
+    return check.summarise()
+
+
+def run_stages(check: Check) -> None:
+    """Runs the stages, as far as there is a GPU and time."""
     if report(check):
         obstacle = check.machine["obstacles"]["triton"]
         backends = ["cuda"] if obstacle else ["cuda", "triton"]
         if obstacle:
             check.finish(Stage("triton", NOT_RUN, obstacle))
         jobs = [*gpu_jobs(check, backends), *suite_jobs(check, backends)]
-        check.run("tests", jobs, LIMITS["tests"])
+        check.run("tests", jobs)
         times(check)
         sanitizer(check)
-    return check.summarise()
 
 
 if __name__ == "__main__":

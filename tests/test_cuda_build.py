@@ -133,6 +133,19 @@ def test_exact_arithmetic(objects, name):
     assert name in ("sgd", "reduce") or ("div.rn.f32" in code and "sqrt.rn.f32" in code)
 
 
+def test_noted_architectures(objects):
+    """What `python -m fusedopt` reports is what the binary holds."""
+    info = pytest.importorskip("fusedopt._build_info")
+    if not info.CUDA_CODES or ROOT / "build" not in objects["sgd"].parents:
+        pytest.skip("these kernels are not what was installed")
+    found = [
+        re.sub("sm", kind, name)
+        for kind, option in (("sm", "--list-elf"), ("compute", "--list-ptx"))
+        for name in re.findall(r"\bsm_\d+[af]?\b", dump(objects["sgd"], option))
+    ]
+    assert sorted(found) == sorted(info.CUDA_CODES)
+
+
 def test_library_without_a_driver():
     """The extension loads on any machine and says what stands in the way of using a GPU."""
     native = pytest.importorskip("fusedopt._C")

@@ -21,7 +21,7 @@ PATH = os.pathsep.join(
 
 def python(code: str) -> str:
     """Runs code in a fresh interpreter, away from the repository, and returns what it printed."""
-    environment = {**os.environ, "PYTHONPATH": PATH, "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONPATH": PATH}
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
@@ -109,6 +109,11 @@ def test_public_names():
     for name in fusedopt.__all__:
         assert getattr(fusedopt, name) is not None
     assert fusedopt.__version__
+
+
+def test_types_are_declared():
+    """Type checkers read our annotations only where the marker is installed."""
+    assert (Path(fusedopt.__file__).parent / "py.typed").exists()
 
 
 def test_overview_on_the_command_line():

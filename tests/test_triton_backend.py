@@ -64,7 +64,7 @@ def test_triton_is_imported_on_first_use():
     code = (
         "import sys, fusedopt.kernels, fusedopt.backends.triton; sys.exit('triton' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
 
 
 def test_missing_triton_is_named_with_the_remedy(monkeypatch):

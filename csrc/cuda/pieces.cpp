@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "cuda/launch.h"
+#include "cuda/tuning.h"
 
 namespace fusedopt::cuda {
 
@@ -18,7 +19,8 @@ int32_t choose_piece_length(int64_t elements, int64_t tensors, int multiprocesso
   // Every tensor begins a piece anyway; but leave enough cuts to spread one large tensor among many
   // small ones.
   const int64_t cuts = std::max(wanted - tensors, wanted / 4);
-  const int64_t length = std::clamp((elements + cuts - 1) / cuts, kShortest, kLongest);
+  const int64_t wanted_length = tuned("FUSEDOPT_PIECE_LENGTH", (elements + cuts - 1) / cuts);
+  const int64_t length = std::clamp(wanted_length, kShortest, kLongest);
   return static_cast<int32_t>(std::bit_ceil(static_cast<uint64_t>(length)));
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/kernels.h"
+#include "cuda/tuning.h"
 
 namespace fusedopt::cuda {
 
@@ -67,8 +68,12 @@ class DeviceMemory {
 template <typename Params>
 cudaError_t load_kernel(void (*kernel)(Params)) {
   const RelaxedCapture relaxed;
+  const auto code = reinterpret_cast<const void*>(kernel);
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, code);
+  if (status != cudaSuccess || unused_shared_bytes() == 0) return status;
+  return cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              unused_shared_bytes());
 }
 
 template <typename Params>
@@ -76,8 +81,9 @@ void launch_kernel(void (*kernel)(Params), const Params& params, int64_t blocks,
                    cudaStream_t stream, const std::string& name) {
   Params copy = params;
   void* arguments[] = {&copy};
-  const cudaError_t status = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
-                                              dim3(kThreads), arguments, 0, stream);
+  const cudaError_t status =
+      cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
+                       unused_shared_bytes(), stream);
   if (status != cudaSuccess) {
     check(status, "launching " + name + " with " + std::to_string(blocks) + " blocks of " +
                       std::to_string(kThreads) + " threads");

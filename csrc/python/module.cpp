@@ -32,22 +32,6 @@ py::object step(NativePlan& plan, const py::object& param_groups, const py::obje
       plan.step(param_groups, state, grad_scale, found_inf, max_grad_norm, skip_nonfinite));
 }
 
-// {rule: (hyperparameter keys, variant keys, ((state, variant bit), ...))}, as the rule headers
-// have them.
-py::dict describe_rules() {
-  py::dict all;
-  for (const RuleInfo& rule : all_rules()) {
-    py::list hyper, variants, states;
-    for (const char* name : rule.hyper) hyper.append(name);
-    for (const char* name : rule.variants) variants.append(name);
-    for (const auto& state : rule.states) {
-      states.append(py::make_tuple(state.name, state.variant_bit));
-    }
-    all[rule.name] = py::make_tuple(py::tuple(hyper), py::tuple(variants), py::tuple(states));
-  }
-  return all;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -88,7 +72,6 @@ PYBIND11_MODULE(_C, module) {
       "cuda_unavailable", [](int device) { return cuda::unavailable(device); }, py::arg("device"));
 #endif
 
-  module.def("describe_rules", &describe_rules);
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("instruction_set", &cpu::instruction_set);
   module.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));

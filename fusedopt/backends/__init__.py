@@ -1,8 +1,8 @@
 """The backends: where a step's loops run.
 
-A native backend is a module with ``unavailable()`` (why it does not work here, or None),
-``serves(device)`` and ``make_plan(rule, device, slots, param_groups, state)``. What no native
-backend takes, torch's own rules do.
+A native backend is a module with ``unavailable(device)`` (why it does not work here, or None),
+``expected()`` (whether that is worth a warning), ``serves(device)`` and ``make_plan(rule, device,
+slots, param_groups, state)``. What no native backend takes, torch's own rules do.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def for_device(choice: str, device: torch.device) -> ModuleType | None:
 
     Raises:
         ValueError: If an explicitly named backend cannot serve the device.
+        RuntimeError: If it could, but does not work for it here.
     """
     if choice == "torch":
         return None
@@ -55,16 +56,18 @@ def for_device(choice: str, device: torch.device) -> ModuleType | None:
                 f"backend={choice!r} cannot serve a parameter on {device}; move the parameter, or"
                 " use backend='auto'"
             )
+        if (reason := backend.unavailable(device)) is not None:
+            raise RuntimeError(f"backend={choice!r} cannot serve a parameter on {device}: {reason}")
         return backend
     for name in NATIVE:
         backend = load(name)
         # Triton's interpreter serves the CPU too, but nobody gets that without asking for it.
         if not backend.serves(device) or (name == "triton" and device.type == "cpu"):
             continue
-        reason = backend.unavailable()
+        reason = backend.unavailable(device)
         if reason is None:
             return backend
-        if name not in _warned and backend.expected():
-            _warned.add(name)
+        if reason not in _warned and backend.expected():
+            _warned.add(reason)
             warnings.warn(f"fusedopt goes on without its {name} backend: {reason}", stacklevel=2)
     return None

@@ -11,14 +11,14 @@ from . import extension
 NAME = "cpu"
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device | None = None) -> str | None:
     """Says why this backend does not work here and what to do about it; None when it works."""
     return extension.unavailable()
 
 
 def expected() -> bool:
     """Whether its absence is a surprise that deserves a warning."""
-    return extension.expected()
+    return extension.expected(NAME)
 
 
 def serves(device: torch.device) -> bool:

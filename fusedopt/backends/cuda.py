@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import torch
@@ -13,25 +12,49 @@ from . import extension
 NAME = "cuda"
 
 
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Says why this backend does not work here and what to do about it; None when it works.
+
+    Args:
+        device: Asks for this one: a GPU may be one that the kernels hold no code for.
+    """
+    if (reason := _why_not()) is not None or device is None:
+        return reason
+    return _why_not_on(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @functools.cache
-def unavailable() -> str | None:
-    """Says why this backend does not work here and what to do about it; None when it works."""
+def _why_not() -> str | None:
     if (reason := extension.unavailable()) is not None:
         return reason
-    info = importlib.import_module("fusedopt._build_info")
+    info = extension.build_info()
+    assert info is not None
     if "cuda" not in info.BACKENDS:
-        why = info.LEFT_OUT.get("cuda", "it was not asked for")
-        return f"it was built without the CUDA kernels ({why}); {extension.REBUILD}"
+        return (
+            f"it was built without the CUDA kernels ({info.LEFT_OUT['cuda']}); {extension.REBUILD}"
+        )
     if torch.version.hip is not None:
         return "this torch is built for AMD GPUs; use backend='triton'"
+    if torch.version.cuda is None:
+        return "this torch is built for the CPU; install a CUDA build of torch"
+    if reason := extension.module().cuda_unavailable():
+        return reason
     if not torch.cuda.is_available():
-        return "this torch sees no NVIDIA GPU; install a CUDA build of torch and a driver"
-    return extension.module().cuda_unavailable() or None
+        return (
+            f"the NVIDIA driver shows a GPU, but torch {torch.__version__} cannot use it;"
+            " torch.cuda.init() says why"
+        )
+    return None
+
+
+@functools.cache
+def _why_not_on(index: int) -> str | None:
+    return extension.module().cuda_unavailable(index) or None
 
 
 def expected() -> bool:
     """Whether its absence is a surprise that deserves a warning."""
-    return extension.expected()
+    return extension.expected(NAME)
 
 
 def serves(device: torch.device) -> bool:
@@ -46,12 +69,5 @@ def make_plan(
     param_groups: list[dict[str, Any]],
     state: dict[torch.Tensor, Any],
 ) -> Any:
-    """Returns the plan of these parameters; see ``csrc/python/cuda_plan.h``.
-
-    Raises:
-        RuntimeError: If the kernels hold no code for this GPU.
-    """
-    native = extension.module()
-    if reason := native.cuda_unavailable(device.index):
-        raise RuntimeError(f"backend='cuda' cannot serve {device}: {reason}")
-    return native.CudaPlan(rule, device.index, slots, param_groups, state)
+    """Returns the plan of these parameters; see ``csrc/python/cuda_plan.h``."""
+    return extension.module().CudaPlan(rule, device.index, slots, param_groups, state)

@@ -21,7 +21,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device | None = None) -> str | None:
     """Says why this backend does not work here and what to do about it; None when it works."""
     return _why_not(_interpreting(), torch.cuda.is_available())
 

@@ -275,6 +275,9 @@ void test_piece_length() {
              "piece length: too few pieces");
     }
   }
+  setenv("FUSEDOPT_PIECE_LENGTH", "2048", 1);
+  expect(length(124 << 20, 148, kH200) == 2048, "piece length: a sweep's");
+  unsetenv("FUSEDOPT_PIECE_LENGTH");
 }
 
 }  // namespace
