@@ -10,7 +10,7 @@ SOURCES := $(shell find cmake csrc fusedopt kernels -name __pycache__ -prune -o 
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
-.PHONY: help demo test lint test-cpp test-python test-triton format bench bench-gpu report gpu-install gpu-check clean
+.PHONY: help demo test lint test-cpp test-python test-triton fuzz format bench bench-gpu report gpu-install gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,11 @@ test-python: $(VENV)/installed.stamp  ## the Python tests, against the installed
 test-triton: $(VENV)/installed.stamp  ## every test of the Triton backend in its interpreter: half an hour
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q --backend=triton
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(BIN)/python -m pytest -q tests/test_triton_*.py
+
+# CASES counts stories instead of seconds; BACKEND and SEED choose where, and the first of them.
+fuzz: $(VENV)/installed.stamp  ## random training stories for SECONDS (an hour), until one fails
+	PYTHONPATH=tests PYTHONSAFEPATH=1 $(BIN)/python -m fuzz --backend $(or $(BACKEND),cpu) --seed $(or $(SEED),0) \
+	    $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),3600))
 
 format: $(VENV)/requirements.stamp  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix-only .

@@ -26,18 +26,18 @@ def transformed(
 ) -> tuple[list[Tensor | None], Tensor]:
     """Returns (what torch's rule sees, the global norm).
 
-    Torch's utilities one after another on wide copies.
-
-    The copies are float64 for float64 parameters and float32 for all others, the types that we
-    compute in.
+    Torch's utilities one after another on wide copies: float64 for float64 parameters, complex for
+    complex ones and float32 for all others, the types that we compute in. Of a sparse gradient they
+    see the coalesced values.
     """
     shadows: dict[int, torch.nn.Parameter] = {}
     for param, grad in zip(run.params, grads, strict=True):
         if grad is None:
             continue
-        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        shadow = torch.nn.Parameter(torch.zeros_like(param, dtype=wide))
-        shadow.grad = grad.to(wide) * torch.tensor(unscale, dtype=wide)
+        wide = param.dtype if param.dtype in _WIDE else torch.float32
+        stored = stored_values(grad)
+        shadow = torch.nn.Parameter(torch.zeros_like(stored, dtype=wide))
+        shadow.grad = stored.to(wide) * torch.tensor(unscale, dtype=wide)
         shadows[id(param)] = shadow
     for group in run.optimizer.param_groups:
         members = [shadows[id(p)] for p in group["params"] if id(p) in shadows]
@@ -54,8 +54,27 @@ def transformed(
     norm = get_total_norm(present) if present else torch.zeros(())
     if max_grad_norm is not None and max_grad_norm != math.inf:
         clip_grad_norm_(list(shadows.values()), max_grad_norm)
-    seen = [shadows[id(p)].grad if id(p) in shadows else None for p in run.params]
+    seen = [
+        None if grad is None else _like(grad, shadows[id(param)].grad)
+        for param, grad in zip(run.params, grads, strict=True)
+    ]
     return seen, norm
+
+
+_WIDE = (torch.float64, torch.complex64, torch.complex128)
+
+
+def stored_values(grad: Tensor) -> Tensor:
+    """Returns the elements that a gradient consists of: of a sparse one the coalesced values."""
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _like(grad: Tensor, values: Tensor) -> Tensor:
+    """Returns `values` as the elements of a gradient like `grad`."""
+    if not grad.is_sparse:
+        return values
+    indices = grad.coalesce().indices()
+    return torch.sparse_coo_tensor(indices, values, grad.shape, check_invariants=True).coalesce()
 
 
 def separate_step(

@@ -221,7 +221,7 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     elif layout == "every_second":
         place = values.new_empty((*shape, 2))[..., 0]
     elif layout == "transposed":
-        place = values.new_empty(shape[::-1]).permute(*reversed(range(values.dim())))
+        place = values.new_empty(shape[::-1]).permute(tuple(reversed(range(values.dim()))))
     elif layout == "channels_last" and values.dim() == 4:
         place = torch.empty_like(values, memory_format=torch.channels_last)
     elif layout in LAYOUTS:
