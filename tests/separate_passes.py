@@ -1,6 +1,4 @@
-"""Torch's separate passes, which the gradient pipeline must equal.
-
-Unscale, three clips, the check for inf and nan, the step.
+"""Torch's separate passes, which the gradient pipeline must equal: unscale, clips, check, step.
 
 `Trio` trains the same parameters three times: with ours, with torch's utilities one after another,
 and with those in float64. Used by test_pipeline_*.py and test_scaler_*.py.
@@ -26,7 +24,7 @@ def transformed(
 ) -> tuple[list[Tensor | None], Tensor]:
     """Returns (what torch's rule sees, the global norm).
 
-    Torch's utilities one after another on wide copies: float64 for float64 parameters, complex for
+    By torch's utilities one after another on wide copies: float64 for float64 parameters, complex for
     complex ones and float32 for all others, the types that we compute in. Of a sparse gradient they
     see the coalesced values.
     """
@@ -84,10 +82,7 @@ def separate_step(
     max_grad_norm: float | None = None,
     skip: bool = False,
 ) -> Tensor:
-    """Steps torch's optimizer on separately unscaled and clipped gradients, unless `skip`.
-
-    Returns the norm.
-    """
+    """Steps torch's optimizer on unscaled and clipped gradients, unless `skip`; returns the norm."""
     seen, norm = transformed(run, grads, unscale, max_grad_norm)
     for param, grad in zip(run.params, seen, strict=True):
         param.grad = None if grad is None else grad.to(param.dtype)
@@ -169,10 +164,7 @@ class Trio:
         yield from (self.ours, self.stock, self.truth)
 
     def step(self, grads: Grads, scale: float | None = None, found_inf: float = 0.0) -> None:
-        """Steps all three and compares norm, skip flag and gradients.
-
-        A scale and a flag reach ours as from a scaler.
-        """
+        """Steps all three, ours as under a scaler, and compares norm, skip flag and gradients."""
         optimizer = self.ours.optimizer
         for param, grad in zip(self.ours.params, grads, strict=True):
             param.grad = None if grad is None else grad.clone()
@@ -188,10 +180,7 @@ class Trio:
         self.follow(grads, scale or 1.0, skip, before)
 
     def follow(self, grads: Grads, scale: float, skip: bool, before: dict[str, Tensor]) -> None:
-        """Steps the two references after ours has stepped.
-
-        And compares what can be compared at once.
-        """
+        """Steps the two references after ours and compares what can be compared at once."""
         optimizer = self.ours.optimizer
         limit = optimizer.max_grad_norm
         separate_step(self.stock, grads, 1 / scale, limit, skip)
@@ -234,9 +223,7 @@ def assert_norm(ours: Tensor, truth: Tensor) -> None:
 def assert_as_accurate(
     ours: dict[str, Tensor], stock: dict[str, Tensor], truth: dict[str, Tensor], steps: int
 ) -> None:
-    """Our error against float64 is at most twice that of torch's separate passes.
-
-    Plus one eps a step.
+    """Our error against float64 is at most twice that of torch's passes, plus one eps a step.
 
     Errors are root mean squares: a single wrong element still stands out by orders of magnitude,
     but one in which gradient and weight decay happen to cancel does not decide. They are relative
@@ -294,9 +281,7 @@ def make_grads(
     missing: Sequence[int] = (),
     poison: float | None = None,
 ) -> list[Tensor | None]:
-    """Returns gradients in the parameters' types.
-
-    Normal numbers times `scale`, one element of them `poison`.
+    """Returns normal numbers in the parameters' types, times `scale`, one of them `poison`.
 
     Args:
         params: For shapes, strides, types and devices.

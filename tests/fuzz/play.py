@@ -75,9 +75,11 @@ def play(story: Story, backend: str, shakes: int = 0) -> None:
             log.append("afterwards")
             world.let_go()
     except Exception as error:
-        if isinstance(error, InaccurateError) and shakes == 0:
-            return play(story, backend, SHAKES)
-        raise StoryError(story, backend, log, traceback.format_exc()) from None
+        if not isinstance(error, InaccurateError) or shakes > 0:
+            raise StoryError(story, backend, log, traceback.format_exc()) from None
+    else:
+        return
+    play(story, backend, SHAKES)
 
 
 def story_of(seed: int, backend: str) -> Story:

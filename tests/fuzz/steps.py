@@ -40,6 +40,7 @@ def takes_sparse(side: Side, group: dict[str, Any], param: Tensor) -> bool:
         and group.get("momentum", 0) == 0
         and param.dtype in (torch.float32, torch.float64)
         and param.dim() == 2
+        and param.numel() > 0
     )
 
 
@@ -177,7 +178,8 @@ def make_truth(world: World, rng: Random | None = None) -> Run:
     wide = [Parameter(shake(param, rng)) for param in world.ours.params]
     at = {id(param): i for i, param in enumerate(stock.params)}
     groups = [
-        {**group, "params": [wide[at[id(param)]] for param in group["params"]]}
+        # Torch's own rules compute in the type of a learning rate that is a tensor.
+        {**group, "params": [wide[at[id(p)]] for p in group["params"]], "lr": float(group["lr"])}
         for group in stock.optimizer.param_groups
     ]
     truth = world.make_stock(groups)
