@@ -24,9 +24,9 @@ def transformed(
 ) -> tuple[list[Tensor | None], Tensor]:
     """Returns (what torch's rule sees, the global norm).
 
-    By torch's utilities one after another on wide copies: float64 for float64 parameters, complex for
-    complex ones and float32 for all others, the types that we compute in. Of a sparse gradient they
-    see the coalesced values.
+    By torch's utilities one after another on wide copies: float64 for float64 parameters, complex
+    for complex ones and float32 for all others, the types that we compute in. Of a sparse gradient
+    they see the coalesced values.
     """
     shadows: dict[int, torch.nn.Parameter] = {}
     for param, grad in zip(run.params, grads, strict=True):
@@ -82,7 +82,7 @@ def separate_step(
     max_grad_norm: float | None = None,
     skip: bool = False,
 ) -> Tensor:
-    """Steps torch's optimizer on unscaled and clipped gradients, unless `skip`; returns the norm."""
+    """Steps torch's optimizer on what `transformed` gives, unless `skip`; returns the norm."""
     seen, norm = transformed(run, grads, unscale, max_grad_norm)
     for param, grad in zip(run.params, seen, strict=True):
         param.grad = None if grad is None else grad.to(param.dtype)
