@@ -13,15 +13,9 @@ from torch import Tensor
 
 from .judge import bits
 from .steps import as_sparse, set_grads
+from .story import KNOWN
 from .world import Side, World
 
-#: What does not hold yet, by name: nothing is to be left here.
-KNOWN = {
-    "removed parameters",  # stay alive through the step counters
-    "param_expanded",  # torch's rule raises in the middle of a step
-    "state_list",  # the message blames another thread
-    "state_missing",  # without `step` the bias correction starts anew
-}
 #: Takes the spoilt thing back.
 Undo = Callable[[], None]
 

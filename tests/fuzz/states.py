@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import weakref
 from random import Random
 from typing import Any
 
@@ -40,6 +41,7 @@ def replace_state(world: World, rng: Random) -> None:
     """Exchanges a state tensor for another with other values, perhaps of another layout."""
     layout = rng.choice(LAYOUTS)
     for entries, name in _each_state(world, rng):
+        world.gone.append(weakref.ref(entries[name]))
         entries[name] = lay_out(entries[name].detach() * 2, layout)
 
 
@@ -107,6 +109,9 @@ def drop_state(world: World, rng: Random) -> None:
         return  # before torch 2.13 it makes its state in the constructor only
     index, how = pick(world, rng), rng.choice(("pop", "empty", "clear"))
     for side in world.sides:
+        dropped = [side.params[index]] if how != "clear" else side.params
+        for entries in (side.optimizer.state.get(param, {}) for param in dropped):
+            world.gone += [weakref.ref(v) for v in entries.values() if isinstance(v, Tensor)]
         if how == "pop":
             side.optimizer.state.pop(side.params[index], None)
         elif how == "empty":

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .judge import Judge, assert_same
-from .story import COMPLEX, REALS
+from .story import COMPLEX, KNOWN, REALS
 from .world import Side, World, values
 
 #: How a step comes about.
@@ -140,7 +140,9 @@ def step(world: World, rng: Random) -> None:
         if way == "unscaled":
             side.scalers["torch"].unscale_(side.optimizer)
         befores.append(side.snapshot())
+        versions = [param._version for param in side.params]
         side.step(way, scale, found_inf)
+        check_versions(side, versions, grads, skip)
         if way in BY_SCALER:
             scaler = side.scalers["fused" if way == "fused" else "torch"]
             assert scaler.get_scale() == (scale / 2 if bad else scale), "the scaler missed it"
@@ -224,6 +226,17 @@ def check_report(world: World, side: Side, norm: Tensor, skip: bool) -> None:
         if norm.isfinite():
             assert_norm(own_norm, norm)
         assert norm.isfinite() == own_norm.isfinite(), f"last_grad_norm is {own_norm}, not {norm}"
+
+
+def check_versions(
+    side: Side, before: Sequence[int], grads: Sequence[Tensor | None], skip: bool
+) -> None:
+    """Autograd must notice that a parameter was written."""
+    for param, old, grad in zip(side.params, before, grads, strict=True):
+        written = grad is not None and not skip
+        assert not written or param._version > old or "versions" in KNOWN, (
+            f"autograd does not see that {side.name} wrote a parameter"
+        )
 
 
 def check_untouched(

@@ -132,8 +132,8 @@ class World:
         self.settings = dict(story.settings)
         self.native = backend
         self.shakes = shakes
-        #: Of parameters that are in no group any more; nobody may keep them alive.
-        self.gone: list[weakref.ref[Parameter]] = []
+        #: Of parameters and states that were replaced or taken away; nobody may keep them alive.
+        self.gone: list[weakref.ref[Tensor]] = []
         #: What happened, for the report.
         self.log: list[str] = []
         #: Checkpoints of every side, and the shapes that they are for.
@@ -200,8 +200,9 @@ class World:
         """The optimizers live on, and nothing keeps what was taken out of them."""
         if any(reference() is not None for reference in self.gone):
             gc.collect()
-        alive = sum(reference() is not None for reference in self.gone)
-        assert not alive, f"{alive} of {len(self.gone)} removed parameters are alive"
+        alive = [tuple(ref().shape) for ref in self.gone if ref() is not None]
+        self.gone.clear()
+        assert not alive, f"still alive: what was removed, of shapes {alive}"
 
     def _untouched(self, name: str, value: Tensor) -> bool:
         """Whether a state is as made: stock torch makes it later, in the first applied step."""
