@@ -9,9 +9,13 @@ SOURCES := $(shell find cmake csrc fusedopt kernels -name __pycache__ -prune -o 
            CMakeLists.txt pyproject.toml setup.py
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# $(call configure,FOLDER,OPTIONS)
+configure = $(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+            -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DFUSEDOPT_TESTS=ON $(2)
+
 .NOTPARALLEL:
 .PHONY: help demo quick test lint test-cpp test-python test-triton test-oldest test-newest test-pythons \
-        format bench bench-gpu sweep-gpu report gpu-install gpu-check clean
+        test-asan test-tsan fuzz format bench bench-gpu sweep-gpu report gpu-install gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,8 +57,7 @@ lint: $(VENV)/installed.stamp  ## ruff, clang-format and mypy, changing nothing
 
 # In the CMake folder that the installation used: the objects are compiled already.
 test-cpp: $(VENV)/installed.stamp  ## the C++ tests, without torch
-	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DFUSEDOPT_TESTS=ON
+	$(call configure,build/cmake)
 	$(BIN)/cmake --build build/cmake --target fusedopt_tests
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure --no-tests=error
 
@@ -74,6 +77,33 @@ test-newest:  ## the suite on the newest torch
 
 test-pythons:  ## a thin suite on each Python from 3.10 to 3.14 that is on this machine
 	$(PYTHON) tests/environments.py --python 3.10 3.11 3.12 3.13 3.14 -- --thin
+
+# CASES counts stories instead of seconds; BACKEND and SEED choose where, and the first of them.
+fuzz: $(VENV)/installed.stamp  ## random training stories for SECONDS (an hour), until one fails
+	cd tests && $(abspath $(BIN))/python -m fuzz --backend $(or $(BACKEND),cpu) --seed $(or $(SEED),0) \
+	    $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),3600))
+
+# The installed package again, in a folder of its own, with an instrumented extension. Python itself is not instrumented:
+# the sanitizer's library comes first (and the one that throws, which it looks for at once), and leaks are not looked for.
+ASAN = build/asan
+ASAN_PRELOAD = $(foreach library,asan stdc++,$(shell c++ -print-file-name=lib$(library).so))
+ASAN_TESTS = rules_test instruction_sets_test threads_test
+
+test-asan: $(VENV)/installed.stamp  ## bad accesses and undefined behaviour: C++ tests, a thin table of tests, the fuzzer
+	$(call configure,$(ASAN),-DFUSEDOPT_SANITIZE=address)
+	$(BIN)/cmake --build $(ASAN) --target _C $(ASAN_TESTS)
+	for name in $(ASAN_TESTS); do $(ASAN)/$$name || exit 1; done
+	rm -rf $(ASAN)/site && mkdir $(ASAN)/site
+	cp -r "$$(cd $(ASAN) && $(abspath $(BIN))/python -c 'import fusedopt; print(*fusedopt.__path__)')" $(ASAN)/site
+	cp $(ASAN)/_C.*.so $(ASAN)/site/fusedopt
+	cd tests && PYTHONPATH=$(abspath $(ASAN)/site) LD_PRELOAD="$(ASAN_PRELOAD)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --thin --backend=cpu
+
+test-tsan: $(VENV)/requirements.stamp  ## races between the threads of a step
+	$(call configure,build/tsan,-DFUSEDOPT_SANITIZE=thread -DFUSEDOPT_PYTHON=OFF)
+	$(BIN)/cmake --build build/tsan --target threads_test
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/threads_test
 
 format: $(VENV)/requirements.stamp  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix-only .

@@ -22,8 +22,8 @@ file(CONFIGURE OUTPUT ${FUSEDOPT_GENERATED_DIR}/rules_headers.inc CONTENT "${inc
 
 # -fno-math-errno lets sqrt be vectorised, -fno-trapping-math selects; neither changes a result. Unswitching would compile
 # eight copies of every loop. Contraction would make results depend on the instruction set.
-set(FUSEDOPT_CXX_FLAGS -O3 -fno-math-errno -fno-trapping-math -fno-unswitch-loops -ffp-contract=off
-    -fvisibility=hidden -Wall -Wextra)
+set(FUSEDOPT_CXX_FLAGS ${FUSEDOPT_OPTIMIZATION} -fno-math-errno -fno-trapping-math -fno-unswitch-loops
+    -ffp-contract=off -fvisibility=hidden -Wall -Wextra)
 
 add_library(fusedopt_common INTERFACE)
 target_include_directories(fusedopt_common INTERFACE ${PROJECT_SOURCE_DIR}/csrc

@@ -1,6 +1,4 @@
-"""Torch's separate passes, which the gradient pipeline must equal.
-
-Unscale, three clips, the check for inf and nan, the step.
+"""Torch's separate passes, which the gradient pipeline must equal: unscale, clips, check, step.
 
 `Trio` trains the same parameters three times: with ours, with torch's utilities one after another,
 and with those in float64. Used by test_pipeline_*.py and test_scaler_*.py.
@@ -26,18 +24,18 @@ def transformed(
 ) -> tuple[list[Tensor | None], Tensor]:
     """Returns (what torch's rule sees, the global norm).
 
-    Torch's utilities one after another on wide copies.
-
-    The copies are float64 for float64 parameters and float32 for all others, the types that we
-    compute in.
+    By torch's utilities one after another on wide copies: float64 for float64 parameters, complex
+    for complex ones and float32 for all others, the types that we compute in. Of a sparse gradient
+    they see the coalesced values.
     """
     shadows: dict[int, torch.nn.Parameter] = {}
     for param, grad in zip(run.params, grads, strict=True):
         if grad is None:
             continue
-        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        shadow = torch.nn.Parameter(torch.zeros_like(param, dtype=wide))
-        shadow.grad = grad.to(wide) * torch.tensor(unscale, dtype=wide)
+        wide = param.dtype if param.dtype in _WIDE else torch.float32
+        stored = stored_values(grad)
+        shadow = torch.nn.Parameter(torch.zeros_like(stored, dtype=wide))
+        shadow.grad = stored.to(wide) * torch.tensor(unscale, dtype=wide)
         shadows[id(param)] = shadow
     for group in run.optimizer.param_groups:
         members = [shadows[id(p)] for p in group["params"] if id(p) in shadows]
@@ -54,8 +52,27 @@ def transformed(
     norm = get_total_norm(present) if present else torch.zeros(())
     if max_grad_norm is not None and max_grad_norm != math.inf:
         clip_grad_norm_(list(shadows.values()), max_grad_norm)
-    seen = [shadows[id(p)].grad if id(p) in shadows else None for p in run.params]
+    seen = [
+        None if grad is None else _like(grad, shadows[id(param)].grad)
+        for param, grad in zip(run.params, grads, strict=True)
+    ]
     return seen, norm
+
+
+_WIDE = (torch.float64, torch.complex64, torch.complex128)
+
+
+def stored_values(grad: Tensor) -> Tensor:
+    """Returns the elements that a gradient consists of: of a sparse one the coalesced values."""
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _like(grad: Tensor, values: Tensor) -> Tensor:
+    """Returns `values` as the elements of a gradient like `grad`."""
+    if not grad.is_sparse:
+        return values
+    indices = grad.coalesce().indices()
+    return torch.sparse_coo_tensor(indices, values, grad.shape, check_invariants=True).coalesce()
 
 
 def separate_step(
@@ -65,10 +82,7 @@ def separate_step(
     max_grad_norm: float | None = None,
     skip: bool = False,
 ) -> Tensor:
-    """Steps torch's optimizer on separately unscaled and clipped gradients, unless `skip`.
-
-    Returns the norm.
-    """
+    """Steps torch's optimizer on what `transformed` gives, unless `skip`; returns the norm."""
     seen, norm = transformed(run, grads, unscale, max_grad_norm)
     for param, grad in zip(run.params, seen, strict=True):
         param.grad = None if grad is None else grad.to(param.dtype)
@@ -150,10 +164,7 @@ class Trio:
         yield from (self.ours, self.stock, self.truth)
 
     def step(self, grads: Grads, scale: float | None = None, found_inf: float = 0.0) -> None:
-        """Steps all three and compares norm, skip flag and gradients.
-
-        A scale and a flag reach ours as from a scaler.
-        """
+        """Steps all three, ours as under a scaler, and compares norm, skip flag and gradients."""
         optimizer = self.ours.optimizer
         for param, grad in zip(self.ours.params, grads, strict=True):
             param.grad = None if grad is None else grad.clone()
@@ -169,10 +180,7 @@ class Trio:
         self.follow(grads, scale or 1.0, skip, before)
 
     def follow(self, grads: Grads, scale: float, skip: bool, before: dict[str, Tensor]) -> None:
-        """Steps the two references after ours has stepped.
-
-        And compares what can be compared at once.
-        """
+        """Steps the two references after ours and compares what can be compared at once."""
         optimizer = self.ours.optimizer
         limit = optimizer.max_grad_norm
         separate_step(self.stock, grads, 1 / scale, limit, skip)
@@ -215,9 +223,7 @@ def assert_norm(ours: Tensor, truth: Tensor) -> None:
 def assert_as_accurate(
     ours: dict[str, Tensor], stock: dict[str, Tensor], truth: dict[str, Tensor], steps: int
 ) -> None:
-    """Our error against float64 is at most twice that of torch's separate passes.
-
-    Plus one eps a step.
+    """Our error against float64 is at most twice that of torch's passes, plus one eps a step.
 
     Errors are root mean squares: a single wrong element still stands out by orders of magnitude,
     but one in which gradient and weight decay happen to cancel does not decide. They are relative
@@ -275,9 +281,7 @@ def make_grads(
     missing: Sequence[int] = (),
     poison: float | None = None,
 ) -> list[Tensor | None]:
-    """Returns gradients in the parameters' types.
-
-    Normal numbers times `scale`, one element of them `poison`.
+    """Returns normal numbers in the parameters' types, times `scale`, one of them `poison`.
 
     Args:
         params: For shapes, strides, types and devices.

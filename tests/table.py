@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class Entry:
     variants: dict[str, dict[str, Any]]
     has_step: bool = True
     sparse: bool = False
+
+    def takes(self, name: str) -> bool:
+        """Whether torch's class has this keyword argument."""
+        return name in inspect.signature(self.stock).parameters
 
     @property
     def stock(self) -> type[torch.optim.Optimizer]:
@@ -144,8 +149,19 @@ CASES = {
     "argvalues": [(e, options) for e in TABLE.values() for options in e.variants.values()],
     "ids": [f"{e.name}-{variant}" for e in TABLE.values() for variant in e.variants],
 }
-#: The same for one argument called `entry`.
-ENTRIES = {"argvalues": list(TABLE.values()), "ids": list(TABLE)}
+
+
+def entries(chosen: Iterable[Entry] = TABLE.values()) -> dict[str, Any]:
+    """Returns the same for one argument called `entry`."""
+    chosen = list(chosen)
+    return {"argvalues": chosen, "ids": [entry.name for entry in chosen]}
+
+
+ENTRIES = entries()
+#: Those that torch can capture in a graph only where it is told so.
+CAPTURABLE = entries(entry for entry in TABLE.values() if entry.takes("capturable"))
+#: Those with torch's `step` in their state.
+COUNTING = entries(entry for entry in TABLE.values() if entry.has_step)
 
 
 def richest(entry: Entry) -> dict[str, Any]:
@@ -221,7 +237,7 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     elif layout == "every_second":
         place = values.new_empty((*shape, 2))[..., 0]
     elif layout == "transposed":
-        place = values.new_empty(shape[::-1]).permute(*reversed(range(values.dim())))
+        place = values.new_empty(shape[::-1]).permute(tuple(reversed(range(values.dim()))))
     elif layout == "channels_last" and values.dim() == 4:
         place = torch.empty_like(values, memory_format=torch.channels_last)
     elif layout in LAYOUTS:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
 import torch
+from machine import instruction_set, instruction_sets, threads
 from table import (
     CASES,
     DTYPES,
@@ -29,38 +29,6 @@ CLIPS = {"max_grad_norm_per_param": 0.3, "max_grad_value": 0.5, "max_grad_norm":
 SHAPES = ((2 * 16384 + 77,), (3,), (0,), (129, 130), (511,), ())
 #: What arithmetic likes to stumble over: overflow, underflow, both zeros.
 VALUES = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e38, -1e-38, 1e-44, 6e-8, 65504.0, 1e-20)
-
-
-@contextlib.contextmanager
-def threads(count: int):
-    """Sets torch's number of threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def instruction_set(name: str):
-    """Makes the CPU loops use one of their instruction sets for a while."""
-    from fusedopt import _C
-
-    before = _C.instruction_set()
-    _C.use_instruction_set(name)
-    try:
-        assert _C.instruction_set() == name
-        yield
-    finally:
-        _C.use_instruction_set(before)
-
-
-def instruction_sets() -> list[str]:
-    """Returns what this CPU can run."""
-    from fusedopt import _C
-
-    return _C.instruction_sets()
 
 
 def trained(entry, options, dtype, transform, layout="contiguous", shapes=SHAPES):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import pickle
 import types
 import warnings
 from unittest import mock
@@ -11,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from table import (
+    CAPTURABLE,
     ENTRIES,
     TABLE,
     Run,
@@ -341,11 +344,9 @@ def test_graph_capture_check(entry, capturing):
     assert (outcomes[1] is not None) == checks
 
 
-@OURS
-def test_uncaptured_capturable_warns_once_after_load(entry):
+@pytest.mark.parametrize("entry", **CAPTURABLE)
+def test_uncaptured_capturable_warns_once(entry):
     """Torch warns an optimizer that was made capturable and is not captured; so do we."""
-    if "capturable" not in entry.stock(make_params()).defaults:
-        return
     for cls in (entry.stock, entry.fused):
         optimizer = cls(make_params([(2,)]), capturable=True)
         optimizer._warned_capturable_if_run_uncaptured = False
@@ -355,6 +356,16 @@ def test_uncaptured_capturable_warns_once_after_load(entry):
         ):
             optimizer._accelerator_graph_capture_health_check()
         assert optimizer._warned_capturable_if_run_uncaptured
+
+
+@pytest.mark.parametrize("entry", **CAPTURABLE)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_copies_do_not_warn_again(entry, how):
+    """Torch's constructor lets an optimizer off that warning, and torch's copies forget it."""
+    optimizer = how(make_fused(entry, make_params([(2,)]), "torch", capturable=True))
+    with pretended_gpu(capturing=False), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer._accelerator_graph_capture_health_check()
 
 
 def test_compiled_training_step():

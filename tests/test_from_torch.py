@@ -24,18 +24,16 @@ BACKENDS = pytest.mark.parametrize("backend", backends())
 SHAPES = ((5, 3), (7,), ())
 
 
-def is_native(entry, options) -> bool:
-    """Whether torch's class itself takes the options."""
-    return entry.name == "Adam" or "decoupled_weight_decay" not in options
+#: The variants that torch's class itself has, and the flags.
+OF_TORCH = [case for case in CASES["argvalues"] if all(map(case[0].takes, case[1]))]
+FLAGS = [(e, flag) for e in TABLE.values() for flag in ("foreach", "fused") if e.takes(flag)]
 
 
-@pytest.mark.parametrize("entry, options", **CASES)
+@pytest.mark.parametrize("entry, options", OF_TORCH)
 @BACKENDS
 @pytest.mark.parametrize("steps", [0, 2])
 def test_twin_goes_on(entry, options, backend, steps):
     """From the start or from mid-training, in the same tensors."""
-    if not is_native(entry, options):
-        return
     start = make_params(SHAPES, device=device_of(backend))
     own, theirs = copies(start), copies(start)
     source = entry.stock(own, **options)
@@ -75,12 +73,9 @@ def test_groups_extras_and_names(entry):
         assert twin.defaults[name] == value
 
 
-@OURS
-@pytest.mark.parametrize("flag", ["foreach", "fused"])
+@pytest.mark.parametrize("entry, flag", FLAGS)
 def test_speed_flags_of_the_source(entry, flag):
     """foreach=False or fused=False of the source does not bring torch's backend along."""
-    if flag not in entry.stock(make_params()).defaults:
-        return
     twin = fusedopt.from_torch(entry.stock(make_params(), **{flag: False}))
     assert twin.backend == "auto"
     Run(twin.param_groups[0]["params"], twin).steps(1)
@@ -88,11 +83,9 @@ def test_speed_flags_of_the_source(entry, flag):
     assert explicit.backend == "torch"
 
 
-@OURS
+@pytest.mark.parametrize("entry", [entry for entry, flag in FLAGS if flag == "fused"])
 def test_fused_source(entry):
     """A torch optimizer with fused=True hands over its state too."""
-    if "fused" not in entry.stock(make_params()).defaults:
-        return
     params = make_params(SHAPES)
     theirs = copies(params)
     source = Run(params, entry.stock(params, fused=True)).steps(2).optimizer

@@ -10,6 +10,7 @@ import pytest
 import torch
 from table import (
     CASES,
+    COUNTING,
     ENTRIES,
     TABLE,
     Run,
@@ -183,13 +184,11 @@ def test_empty_state(entry, backend):
     )
 
 
-@OURS
+@pytest.mark.parametrize("entry", **COUNTING)
 @BACKENDS
 @pytest.mark.parametrize("kind", [int, float])
 def test_old_steps(entry, backend, kind):
     """A step that an old checkpoint holds as a number becomes a 0-dim tensor and counts on."""
-    if not entry.has_step:
-        return
     start = make_params(SHAPES, device=device_of(backend))
     stock = run_stock(entry, start, **richest(entry)).steps(3)
     checkpoint = copy.deepcopy(stock.optimizer.state_dict())

@@ -1,108 +1,22 @@
 // Tests that every instruction set that this CPU runs, with one thread and with two, gives the same
 // bits for every rule, variant and number type, with all that the passes do to gradients.
-#include <cmath>
 #include <cstring>
-#include <random>
+#include <numeric>
 #include <string>
 #include <vector>
 
-#include "check.h"
-#include "core/numbers.h"
-#include "core/rule_info.h"
-#include "cpu/passes.h"
+#include "problem.h"
 
 namespace fusedopt {
 namespace {
 
-// One tensor of every size up to 70 and one of two pieces, with the memory that a step works on;
-// `fenced` leaves an element between them, so that they are aligned in all ways.
-struct Problem {
-  Problem(size_t rule, DType type, int variant, bool fenced) : rule(rule) {
-    std::mt19937 random(7);
-    std::vector<int64_t> sizes;
-    for (int64_t size = 0; size < 70; ++size) sizes.push_back(size);
-    sizes.push_back(cpu::kPieceLength + 33);
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += size + fenced;
-    const int width = size_of(type);
-    for (std::vector<uint8_t>& memory : operands) memory.resize((total + 1) * width);
-    for (size_t k = 0; k < 2 + kMaxStates; ++k) {
-      for (int64_t i = 0; i < total; ++i) {
-        const float x = std::uniform_real_distribution<float>(-1, 1)(random);
-        // The first state is an average of squares, or may be; centered RMSprop subtracts the
-        // square of the second.
-        set(k, i, type, k < 2 ? x : k == 2 ? 1 + x * x : 0.5f * x * x);
-      }
-    }
-    steps.assign(sizes.size(), 3.0f);
-    int64_t at = fenced;
-    for (size_t t = 0; t < sizes.size(); ++t) {
-      TensorRow row{};
-      row.param = &operands[0][at * width];
-      row.grad = &operands[1][at * width];
-      for (int k = 0; k < kMaxStates; ++k) row.state[k] = &operands[2 + k][at * width];
-      std::fill(row.state_type, row.state_type + kMaxStates, type);
-      row.param_type = row.grad_type = type;
-      row.step = &steps[t];
-      row.numel = sizes[t];
-      rows.push_back(row);
-      at += sizes[t] + fenced;
-      for (int64_t begin = 0; begin < sizes[t]; begin += cpu::kPieceLength) {
-        const int64_t length = std::min<int64_t>(cpu::kPieceLength, sizes[t] - begin);
-        pieces.push_back({begin, static_cast<int32_t>(length), static_cast<int32_t>(t)});
-      }
-    }
-    group.max_grad_value = 0.7;
-    group.max_grad_norm_per_param = 0.9;
-    group.variant = variant;
-    const double hyper[] = {0.01, 0.1, 0.0, 0.0, 0.9, 0.95, 1e-6};
-    std::memcpy(group.hyper, hyper, sizeof(hyper));
-  }
-
-  void set(size_t operand, int64_t index, DType type, float x) {
-    uint8_t* const at = &operands[operand][index * size_of(type)];
-    switch (type) {
-      case DType::kFloat32:
-        return store_as(*reinterpret_cast<float*>(at), x);
-      case DType::kFloat64:
-        return store_as(*reinterpret_cast<double*>(at), x);
-      case DType::kFloat16:
-        return store_as(*reinterpret_cast<Float16*>(at), x);
-      case DType::kBFloat16:
-        return store_as(*reinterpret_cast<BFloat16*>(at), x);
-    }
-  }
-
-  // A step with every clip, and everything it left behind.
-  std::vector<uint8_t> step(int threads) {
-    const std::vector<int64_t> tasks = cpu::cut_tasks(pieces);
-    std::vector<Partial> partials(pieces.size());
-    std::vector<double> clips;
-    cpu::Job job{};
-    job.table = {rows.data(),          &group, pieces.data(),
-                 int64_t(rows.size()), 1,      int64_t(pieces.size())};
-    job.tasks = tasks.data();
-    job.task_count = static_cast<int64_t>(tasks.size()) - 1;
-    job.partials = partials.data();
-    job.transforms = true;
-    job.control.unscale = 0.5;
-    cpu::settle(job.control, cpu::reduce(job, clips, threads), {0.5, 1.0, false, false});
-    cpu::apply(job, rule, threads);
-    std::vector<uint8_t> all;
-    for (const auto& memory : operands) all.insert(all.end(), memory.begin(), memory.end());
-    const auto* control = reinterpret_cast<const uint8_t*>(&job.control);
-    all.insert(all.end(), control, control + sizeof(job.control));
-    for (const float step : steps) CHECK(step == 4.0f, "counter is %g", step);
-    return all;
-  }
-
-  std::vector<uint8_t> operands[2 + kMaxStates];
-  std::vector<float> steps;
-  std::vector<TensorRow> rows;
-  std::vector<Piece> pieces;
-  GroupRow group{};
-  size_t rule;
-};
+// One tensor of every size up to 70 and one of two pieces.
+std::vector<int64_t> sizes() {
+  std::vector<int64_t> all(70);
+  std::iota(all.begin(), all.end(), 0);
+  all.push_back(cpu::kPieceLength + 33);
+  return all;
+}
 
 void test_instruction_sets() {
   const auto sets = cpu::instruction_sets();
@@ -114,13 +28,13 @@ void test_instruction_sets() {
            {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16}) {
         for (const bool fenced : {false, true}) {
           cpu::use_instruction_set(sets.back());
-          const auto expected = Problem(rule, type, variant, fenced).step(1);
-          const auto start = Problem(rule, type, variant, fenced).operands[0];
+          const auto expected = Problem(rule, type, variant, fenced, sizes()).step(1);
+          const auto start = Problem(rule, type, variant, fenced, sizes()).operands[0];
           CHECK(std::memcmp(start.data(), expected.data(), start.size()) != 0, "nothing happened");
           for (const std::string& name : sets) {
             cpu::use_instruction_set(name);
             for (const int threads : {1, 2}) {
-              CHECK(Problem(rule, type, variant, fenced).step(threads) == expected,
+              CHECK(Problem(rule, type, variant, fenced, sizes()).step(threads) == expected,
                     "%s variant %d type %d differs on %s with %d threads", info.name, variant,
                     int(type), name.c_str(), threads);
             }

@@ -1,0 +1,15 @@
+# FUSEDOPT_SANITIZE: "address" finds bad accesses and undefined behaviour, "thread" races; both end the process. Each in a
+# build folder of its own: `make test-asan`, `make test-tsan`. Result: FUSEDOPT_OPTIMIZATION, for every C++ file.
+set(FUSEDOPT_OPTIMIZATION -O3)
+if(FUSEDOPT_SANITIZE STREQUAL "address")
+  set(sanitize -fsanitize=address,undefined -fno-sanitize-recover=all)
+elseif(FUSEDOPT_SANITIZE STREQUAL "thread")
+  set(sanitize -fsanitize=thread)
+elseif(FUSEDOPT_SANITIZE)
+  message(FATAL_ERROR "FUSEDOPT_SANITIZE is '${FUSEDOPT_SANITIZE}'; expected address or thread")
+endif()
+if(FUSEDOPT_SANITIZE)
+  set(FUSEDOPT_OPTIMIZATION -O1)
+  add_compile_options(${sanitize} -g -fno-omit-frame-pointer)
+  add_link_options(${sanitize})
+endif()
