@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import emulated_cuda
 import pytest
+
+if emulated_cuda.EMULATED:
+    emulated_cuda.install()
+
+    @pytest.fixture(autouse=True)
+    def nothing_that_hardware_may_punish():
+        """Fails a test in which the emulated runtime saw something wrong."""
+        yield
+        emulated_cuda.emulation.synchronize()
+        assert emulated_cuda.emulation.take_violations() == []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

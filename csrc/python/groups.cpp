@@ -1,11 +1,9 @@
 #include "python/groups.h"
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/item.h>
 
 #include <cmath>
 #include <cstring>
-#include <string>
 
 #include "python/tensors.h"
 
@@ -34,13 +32,16 @@ bool is_plain_number(PyObject* value) {
 
 }  // namespace
 
+void check_one_element(const at::Tensor& tensor, const std::string& what) {
+  if (tensor.numel() == 1) return;
+  throw py::value_error(what + " is a tensor of " + std::to_string(tensor.numel()) +
+                        " elements; expected a number or a tensor of one element");
+}
+
 double to_double(PyObject* value, const std::string& what, bool& is_tensor) {
   if (const at::Tensor* tensor = as_tensor(value)) {
     is_tensor = true;
-    if (tensor->numel() != 1) {
-      throw py::value_error(what + " is a tensor of " + std::to_string(tensor->numel()) +
-                            " elements; expected a number or a tensor of one element");
-    }
+    check_one_element(*tensor, what);
     return tensor->item().toDouble();
   }
   const double number = PyFloat_AsDouble(value);

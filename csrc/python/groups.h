@@ -2,9 +2,11 @@
 // and the hyperparameters, which any scheduler may change before any step.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <vector>
 
 #include "core/rule_info.h"
@@ -52,6 +54,9 @@ class Groups {
   std::vector<Group> groups_;
   std::vector<GroupRow> rows_;
 };
+
+// Raises ValueError naming `what` unless the tensor has one element.
+void check_one_element(const at::Tensor& tensor, const std::string& what);
 
 // A Python number or 1-element tensor as a double; sets `is_tensor` for the latter. Raises
 // TypeError naming `what`.

@@ -91,7 +91,9 @@ Plan::Plan(const std::string& rule, c10::Device device, const py::list& slots,
     TensorRow& row = rows_[i];
     row.group = group;
     row.param = owned.param.mutable_data_ptr();
-    row.param_type = dtype_of(owned.param).value();
+    // Until a gradient or a state is seen, it is taken to be like its parameter.
+    row.param_type = row.grad_type = dtype_of(owned.param).value();
+    std::fill_n(row.state_type, kMaxStates, row.param_type);
     row.numel = owned.param.numel();
     row.step = as_tensor(counter.ptr())->mutable_data_ptr<float>();
     owned.counter_storage = as_tensor(counter.ptr())->storage();

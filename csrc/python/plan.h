@@ -39,7 +39,7 @@ class Plan {
   // Re-validates everything and takes in this step's gradients and hyperparameters. Nothing when
   // the step can run as it is. Raises for a gradient that does not fit its parameter. Changes
   // nothing but the plan.
-  std::optional<Attention> begin(const py::list& param_groups, const py::dict& state);
+  virtual std::optional<Attention> begin(const py::list& param_groups, const py::dict& state);
 
  protected:
   Table table() const;
