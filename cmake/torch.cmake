@@ -30,17 +30,22 @@ foreach(name IN ITEMS c10 torch torch_cpu torch_python)
   unset(torch_library)
 endforeach()
 
+# fusedopt_python_objects(target sources...): C++ that sees torch and Python.
+function(fusedopt_python_objects target)
+  add_library(${target} OBJECT ${ARGN})
+  target_include_directories(${target} SYSTEM PRIVATE ${torch_include_dirs})
+  target_compile_definitions(${target} PRIVATE _GLIBCXX_USE_CXX11_ABI=${torch_cxx11_abi}
+                                               TORCH_EXTENSION_NAME=_C)
+  target_link_libraries(${target} PRIVATE fusedopt_common Python::Module)
+  # torch's headers cost more than all of csrc/python: five files at once compile in 25 s, one by one in 80.
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
+endfunction()
+
 file(GLOB python_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/python/*.cpp)
 if(NOT FUSEDOPT_CUDA)
   list(FILTER python_sources EXCLUDE REGEX "/cuda_plan\\.cpp$")
 endif()
-add_library(fusedopt_python OBJECT ${python_sources})
-target_include_directories(fusedopt_python SYSTEM PRIVATE ${torch_include_dirs})
-target_compile_definitions(fusedopt_python PRIVATE _GLIBCXX_USE_CXX11_ABI=${torch_cxx11_abi}
-                                                   TORCH_EXTENSION_NAME=_C)
-target_link_libraries(fusedopt_python PRIVATE fusedopt_common Python::Module)
+fusedopt_python_objects(fusedopt_python ${python_sources})
 if(FUSEDOPT_CUDA)
   target_compile_definitions(fusedopt_python PRIVATE FUSEDOPT_WITH_CUDA)
 endif()
-# torch's headers cost more than all of csrc/python: five files at once compile in 25 s, one by one in 80.
-set_target_properties(fusedopt_python PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)

@@ -6,12 +6,23 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import emulated_cuda
 import pytest
 
 # The installed package is what is tested. `python -m pytest` puts the checkout, where it is
 # called from, before it; so does `python -c` in a process that a test starts without a folder.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+if emulated_cuda.EMULATED:
+    emulated_cuda.install()
+
+    @pytest.fixture(autouse=True)
+    def nothing_that_hardware_may_punish():
+        """Fails a test in which the emulated runtime saw something wrong."""
+        yield
+        emulated_cuda.emulation.synchronize()
+        assert emulated_cuda.emulation.take_violations() == []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import emulated_cuda
 import torch
 from table import DTYPES, Entry, Run, device_of, lay_out, make_fused, make_params, native_backends
 from table import set_grads as set_random_grads
@@ -101,6 +102,8 @@ def seen_by_profiler(step: Callable[[], Any]) -> tuple[list[str], list[str], lis
     Returns:
         Kernels, copies and fills on the device, and the calls of the CUDA runtime by the host.
     """
+    if emulated_cuda.EMULATED:
+        return emulated_cuda.seen_by_runtime(step)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:

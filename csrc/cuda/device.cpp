@@ -53,7 +53,6 @@ std::string unavailable(int device) {
   std::string reason = unavailable();
   if (!reason.empty()) return reason;
   try {
-    const DeviceGuard guard(device);
     const cudaError_t status = load_kernel(reduce_kernel_of_all_rules());
     if (status == cudaSuccess) return "";
     const DeviceInfo info = describe_device(device);

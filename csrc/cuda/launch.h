@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -14,7 +15,8 @@ namespace fusedopt::cuda {
 // Why no GPU can be used here, with the remedy; empty when a driver and a device answer. Never
 // throws.
 std::string unavailable();
-// The same for one device: whether this build holds code that it can run.
+// The same for one device, which must be the current one: whether this build holds code that it can
+// run.
 std::string unavailable(int device);
 
 struct DeviceInfo {
@@ -43,6 +45,13 @@ struct StepInputs {
   const float* found_inf;   // anything but 0: skip the step
 };
 
+// Device memory that somebody else manages: given back with the last copy, when the work that is
+// enqueued by then is done.
+using Memory = std::shared_ptr<std::byte>;
+// Gives that many bytes of the current device, at a multiple of 256, to be used on the stream of
+// the plan that asks. More than 0; throws when there are none.
+using Allocate = std::function<Memory(size_t)>;
+
 struct ReduceRequest {
   StepInputs inputs;
   double max_grad_norm;  // infinity: measure only; negative: no global norm
@@ -56,24 +65,26 @@ struct ApplyRequest {
   StepInputs inputs;     // used, and `control` written from them, when this step had no reduce pass
   StepControl* control;  // on the device
   bool control_given;    // `control` holds this step's numbers already: read it, ignore `inputs`
+  bool clip_per_param = false;  // by each parameter's own norm, as the last `reduce` found it
 };
 
 // One rule over one table on one device. Owns the device's copy of the table and the scratch of the
 // passes. One step is: update (once or more), then reduce if anything needs it, then apply, on one
 // stream. Steps of one plan must follow one another on the device, on one stream or on streams that
-// wait for each other, as the parameters demand anyway.
+// wait for each other, as the parameters demand anyway. The plan's device must be the current one
+// in every call, the destructor included.
 //
 // CUDA graphs: a step on a stream under capture uses a table of its own, which stays as it was
 // captured; the memory of a plan that was captured is never freed, because a graph cannot be asked
 // whether it still exists.
 //
-// All members throw std::runtime_error naming what failed; the device that was current stays
-// current.
+// All members throw std::runtime_error naming what failed, and may wait for the device.
 class DevicePlan {
  public:
   // Copies the table (host memory, layouts too) to the device, in any order of types and variants.
-  // `rule` indexes all_rules().
-  DevicePlan(size_t rule, int device, const Table& table);
+  // Rows that serves() refuses are left out of every pass. `rule` indexes all_rules().
+  DevicePlan(size_t rule, int device, const Table& table, const Allocate& allocate,
+             StreamHandle stream);
   ~DevicePlan();
   DevicePlan(const DevicePlan&) = delete;
   DevicePlan& operator=(const DevicePlan&) = delete;
@@ -86,13 +97,11 @@ class DevicePlan {
   // Reads every gradient once. One launch.
   void reduce(const ReduceRequest& request, StreamHandle stream);
 
-  // The update: one launch for each combination of types and variant that has a gradient. Clips
-  // each parameter by its own norm if `control_given` and `reduce` ran since the last `apply`.
+  // The update: one launch for each combination of types and variant that has a gradient.
   void apply(const ApplyRequest& request, StreamHandle stream);
 
  private:
   class Impl;
-  int device_;
   std::unique_ptr<Impl> impl_;
 };
 

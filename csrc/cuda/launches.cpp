@@ -2,7 +2,7 @@
 #include "cuda/launches.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <iterator>
 
 #include "core/rule_info.h"
 #include "cuda/types.h"
@@ -46,28 +46,21 @@ bool serves(size_t rule, int variant, const TensorRow& row) {
 }
 
 Launches cut_launches(size_t rule, const Table& table) {
-  // The kernel of a row, as one number by which rows are sorted.
-  std::vector<int> keys(table.tensor_count);
+  // The kernel of a row, as one number by which rows are sorted; -1: none.
+  std::vector<int> keys(table.tensor_count, -1);
+  Launches result;
   for (int64_t i = 0; i < table.tensor_count; ++i) {
     const TensorRow& row = table.tensors[i];
     const int variant = table.groups[row.group].variant;
     const int combo = combo_of(rule, variant, row);
-    if (combo < 0) {
-      throw std::runtime_error("fusedopt: row " + std::to_string(i) + " has " +
-                               name_of(row.param_type) + " parameters and " +
-                               name_of(row.grad_type) +
-                               " gradients, with states for which there is no CUDA kernel; rows "
-                               "that serves() refuses belong to another backend");
-    }
+    if (combo < 0) continue;
     keys[i] = variant * kTypeComboCount + combo;
+    result.rows.push_back(static_cast<int32_t>(i));
   }
-
-  Launches result;
-  result.rows.resize(table.tensor_count);
-  for (int64_t i = 0; i < table.tensor_count; ++i) result.rows[i] = static_cast<int32_t>(i);
   std::stable_sort(result.rows.begin(), result.rows.end(),
                    [&](int32_t a, int32_t b) { return keys[a] < keys[b]; });
-  result.pieces.assign(table.pieces, table.pieces + table.piece_count);
+  std::copy_if(table.pieces, table.pieces + table.piece_count, std::back_inserter(result.pieces),
+               [&](const Piece& piece) { return keys[piece.tensor] >= 0; });
   std::stable_sort(result.pieces.begin(), result.pieces.end(),
                    [&](const Piece& a, const Piece& b) { return keys[a.tensor] < keys[b.tensor]; });
 
@@ -77,13 +70,14 @@ Launches cut_launches(size_t rule, const Table& table) {
     const int32_t tensor = result.pieces[i].tensor;
     if (result.piece_counts[tensor]++ == 0) result.first_piece[tensor] = static_cast<int64_t>(i);
   }
-  for (int64_t row = 0, piece = 0; row < table.tensor_count;) {
+  const auto row_count = static_cast<int64_t>(result.rows.size());
+  for (int64_t row = 0, piece = 0; row < row_count;) {
     const int key = keys[result.rows[row]];
     const int variant = key / kTypeComboCount;
     const int combo = key % kTypeComboCount;
     Launch launch{
         kApplyKernels[rule](variant, combo), describe(rule, variant, combo), row, 0, piece, 0};
-    for (; row < table.tensor_count && keys[result.rows[row]] == key; ++row) {
+    for (; row < row_count && keys[result.rows[row]] == key; ++row) {
       piece += result.piece_counts[result.rows[row]];
     }
     launch.row_count = row - launch.first_row;

@@ -21,12 +21,12 @@ struct Launch {
 struct Launches {
   std::vector<Launch> launches;
   std::vector<int32_t> rows;          // tensors in the order of the launches
-  std::vector<Piece> pieces;          // the table's, in the order of the launches
+  std::vector<Piece> pieces;          // theirs, in the order of the launches
   std::vector<int64_t> first_piece;   // by tensor, where its pieces begin in `pieces`
   std::vector<int64_t> piece_counts;  // by tensor
 };
 
-// Throws std::runtime_error naming the row for which no kernel exists.
+// Rows for which no kernel exists are in no launch.
 Launches cut_launches(size_t rule, const Table& table);
 
 }  // namespace fusedopt::cuda

@@ -7,40 +7,43 @@
 namespace fusedopt::cuda {
 
 LiveTable::LiveTable(const Table& table)
-    : tensor_count_(table.tensor_count),
-      grads_at_(table.group_count * sizeof(GroupRow)),
-      wanted_(grads_at_ + table.tensor_count * sizeof(void*)),
+    : grads_at_(table.group_count * kGroupWords),
+      wanted_(grads_at_ + table.tensor_count),
       uploaded_(fill(table.tensors, table.groups)),
-      memory_(uploaded_.data(), uploaded_.size()),
-      current_(memory_.data()),
-      staging_(uploaded_.size()) {}
+      staging_(uploaded_.size() * sizeof(int64_t)) {}
 
-const std::vector<std::byte>& LiveTable::fill(const TensorRow* tensors, const GroupRow* groups) {
-  if (grads_at_ > 0) memcpy(wanted_.data(), groups, grads_at_);
-  const void** grads = reinterpret_cast<const void**>(wanted_.data() + grads_at_);
-  for (int64_t i = 0; i < tensor_count_; ++i) grads[i] = tensors[i].grad;
+const std::vector<int64_t>& LiveTable::fill(const TensorRow* tensors, const GroupRow* groups) {
+  if (grads_at_ > 0) memcpy(wanted_.data(), groups, grads_at_ * sizeof(int64_t));
+  for (size_t i = grads_at_; i < wanted_.size(); ++i) {
+    wanted_[i] = reinterpret_cast<int64_t>(tensors[i - grads_at_].grad);
+  }
   return wanted_;
 }
 
 bool LiveTable::update(const TensorRow* tensors, const GroupRow* groups, cudaStream_t stream) {
   fill(tensors, groups);
   if (is_capturing(stream)) {
-    captured_.emplace_back(wanted_.data(), wanted_.size());
-    captured_.back().keep_forever();
-    current_ = captured_.back().data();
+    if (wanted_.empty()) return true;
+    const size_t size = wanted_.size() * sizeof(int64_t);
+    const Memory captured = allocate_during_capture(size);
+    copy_during_capture(captured.get(), wanted_.data(), size);
+    keep_forever(captured);
+    current_ = reinterpret_cast<const int64_t*>(captured.get());
     return true;
   }
-  current_ = memory_.data();
-  const auto changed = std::mismatch(wanted_.begin(), wanted_.end(), uploaded_.begin()).first;
-  if (changed == wanted_.end()) return false;
-  const auto unchanged = std::mismatch(wanted_.rbegin(), wanted_.rend(), uploaded_.rbegin()).first;
-  const size_t first = changed - wanted_.begin();
-  const size_t size = unchanged.base() - changed;
-  // Should the copy fail, the device no longer holds what `uploaded_` says: leave a difference
-  // behind.
-  uploaded_[first] = ~wanted_[first];
-  staging_.copy(wanted_.data() + first, memory_.data() + first, size, stream);
-  memcpy(uploaded_.data() + first, wanted_.data() + first, size);
+  current_ = home_;
+  size_t first = 0;
+  size_t last = wanted_.size();
+  if (!uncertain_) {
+    first =
+        std::mismatch(wanted_.begin(), wanted_.end(), uploaded_.begin()).first - wanted_.begin();
+    if (first == last) return false;
+    while (wanted_[last - 1] == uploaded_[last - 1]) --last;
+  }
+  uncertain_ = true;
+  staging_.copy(&wanted_[first], home_ + first, (last - first) * sizeof(int64_t), stream);
+  std::copy(wanted_.begin() + first, wanted_.begin() + last, uploaded_.begin() + first);
+  uncertain_ = false;
   return false;
 }
 

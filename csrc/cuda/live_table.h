@@ -1,8 +1,7 @@
-// The part of a table that changes from step to step, gradient pointers and group rows, and its way
+// The part of a table that changes from step to step, group rows and gradient pointers, and its way
 // to the device.
 #pragma once
 
-#include <list>
 #include <vector>
 
 #include "cuda/staging.h"
@@ -11,8 +10,11 @@ namespace fusedopt::cuda {
 
 class LiveTable {
  public:
-  // On the current device.
   explicit LiveTable(const Table& table);
+
+  // What stands on the device once the table is there, and where that is.
+  const std::vector<int64_t>& values() const { return uploaded_; }
+  void set_home(std::byte* home) { current_ = home_ = reinterpret_cast<int64_t*>(home); }
 
   // Takes over this step's values: one asynchronous copy of what changed. On a stream under capture
   // they go to a place of their own, at once and for good: the graph must find the same values at
@@ -27,23 +29,23 @@ class LiveTable {
   }
 
   // Whether this row has a gradient in this step.
-  bool has_grad(int32_t row) const { return host_grads()[row] != nullptr; }
+  bool has_grad(int32_t row) const { return wanted_[grads_at_ + row] != 0; }
 
  private:
-  // Puts a step's values into `wanted_`.
-  const std::vector<std::byte>& fill(const TensorRow* tensors, const GroupRow* groups);
-  const void* const* host_grads() const {
-    return reinterpret_cast<const void* const*>(wanted_.data() + grads_at_);
-  }
+  // Words: groups and pointers are compared and sent as such.
+  static constexpr size_t kGroupWords = sizeof(GroupRow) / sizeof(int64_t);
+  static_assert(kGroupWords * sizeof(int64_t) == sizeof(GroupRow));
+  static_assert(sizeof(void*) == sizeof(int64_t));
 
-  int64_t tensor_count_;
-  size_t grads_at_;                // bytes of the group rows, which stand first
-  std::vector<std::byte> wanted_;  // this step's values
-  std::vector<std::byte>
-      uploaded_;  // what `memory_` holds, or will hold once the stream gets there
-  DeviceMemory memory_;
-  std::list<DeviceMemory> captured_;
-  const std::byte* current_;
+  // Puts a step's values into `wanted_`.
+  const std::vector<int64_t>& fill(const TensorRow* tensors, const GroupRow* groups);
+
+  size_t grads_at_;                // the group rows stand first
+  std::vector<int64_t> wanted_;    // this step's values
+  std::vector<int64_t> uploaded_;  // what stands at `home_`, or will once the stream gets there
+  bool uncertain_ = false;         // a copy failed: the device may hold anything
+  int64_t* home_ = nullptr;
+  const int64_t* current_ = nullptr;
   StagingRing staging_;
 };
 

@@ -3,26 +3,12 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cuda/image.h"
 #include "cuda/launches.h"
 #include "cuda/live_table.h"
 
 namespace fusedopt::cuda {
 namespace {
-
-template <typename T>
-DeviceMemory copy_of(const std::vector<T>& from) {
-  return DeviceMemory(from.data(), from.size() * sizeof(T));
-}
-
-template <typename T>
-DeviceMemory zeros(size_t count) {
-  return copy_of(std::vector<T>(count));
-}
-
-template <typename T>
-T* as(const DeviceMemory& memory) {
-  return reinterpret_cast<T*>(memory.data());
-}
 
 cudaStream_t as_stream(StreamHandle stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
@@ -36,44 +22,21 @@ std::vector<int64_t> collect_layouts(const Table& table) {
   return words;
 }
 
-// The rows with their layouts where `layouts`, the device's copy of collect_layouts, has them.
-std::vector<TensorRow> rows_with_layouts(const Table& table, const int64_t* layouts) {
-  std::vector<TensorRow> rows(table.tensors, table.tensors + table.tensor_count);
-  for (TensorRow& row : rows) {
-    if (row.layout == nullptr) continue;
-    const int64_t words = Layout::words(Layout::ndim(row.layout));
-    row.layout = layouts;
-    layouts += words;
-  }
-  return rows;
-}
-
-// `device`, before anything is made on it; throws when it cannot be used.
-int usable_device(int device) {
-  const std::string reason = unavailable(device);
-  if (!reason.empty()) {
-    throw std::runtime_error("fusedopt: CUDA device " + std::to_string(device) +
-                             " cannot be used: " + reason);
-  }
-  return device;
-}
-
 }  // namespace
 
-// Made, used and destroyed with the plan's device current.
 class DevicePlan::Impl {
  public:
-  Impl(size_t rule, const Table& table) : Impl(cut_launches(rule, table), table) {}
+  Impl(size_t rule, const Table& table, const Allocate& allocate, cudaStream_t stream)
+      : Impl(cut_launches(rule, table), table, allocate, stream) {}
 
   bool update(const TensorRow* tensors, const GroupRow* groups, cudaStream_t stream) {
     const bool captured = live_.update(tensors, groups, stream);
-    if (captured) keep_forever();
+    if (captured) keep_memory();
     return captured;
   }
 
   void reduce(const ReduceRequest& request, cudaStream_t stream) {
     launch_reduce(request, piece_count_, stream);
-    reduced_ = true;
   }
 
   void apply(const ApplyRequest& request, cudaStream_t stream) {
@@ -86,81 +49,118 @@ class DevicePlan::Impl {
       }
       ApplyParams params{};
       params.table = device_table();
-      params.pieces = as<Piece>(pieces_) + launch.first_piece;
+      params.pieces = pieces_ + launch.first_piece;
       params.piece_count = launch.piece_count;
-      params.rows = as<int32_t>(rows_) + launch.first_row;
+      params.rows = rows_ + launch.first_row;
       params.row_count = launch.row_count;
       params.inputs = request.inputs;
       params.control = request.control_given ? request.control : nullptr;
       params.record = record;
-      params.clips = request.control_given && reduced_ ? as<double>(clips_) : nullptr;
-      params.ticket = as<uint32_t>(tickets_);
+      params.clips = request.clip_per_param ? clips_ : nullptr;
+      params.ticket = tickets_;
       launch_kernel(launch.kernel, params, std::max<int64_t>(launch.piece_count, 1), stream,
                     launch.name);
       record = nullptr;
     }
     // Without any gradient nothing was launched; the control block is written all the same.
     if (record != nullptr) launch_reduce({request.inputs, -1.0, false, record, nullptr}, 0, stream);
-    reduced_ = false;
   }
 
  private:
-  Impl(Launches cut, const Table& table)
+  Impl(Launches cut, const Table& table, const Allocate& allocate, cudaStream_t stream)
       : launches_(std::move(cut.launches)),
         host_rows_(std::move(cut.rows)),
         tensor_count_(table.tensor_count),
-        piece_count_(table.piece_count),
+        piece_count_(static_cast<int64_t>(cut.pieces.size())),
         filled_count_(std::count_if(cut.piece_counts.begin(), cut.piece_counts.end(),
                                     [](int64_t count) { return count > 0; })),
-        live_(table),
-        layouts_(copy_of(collect_layouts(table))),
-        tensors_(copy_of(rows_with_layouts(table, as<int64_t>(layouts_)))),
-        rows_(copy_of(host_rows_)),
-        pieces_(copy_of(cut.pieces)),
-        first_piece_(copy_of(cut.first_piece)),
-        piece_counts_(copy_of(cut.piece_counts)),
-        partials_(zeros<Partial>(piece_count_)),
-        tensor_totals_(zeros<Partial>(tensor_count_)),
-        clips_(zeros<double>(tensor_count_)),
-        tickets_(zeros<uint32_t>(2 + tensor_count_)) {
+        live_(table) {
     // Not at the first launch, which may come while a stream is under capture.
     for (const Launch& launch : launches_) {
       check(load_kernel(launch.kernel), "loading " + launch.name);
+    }
+    send(cut, table, allocate, stream);
+  }
+
+  // Puts everything on the device, in one piece of memory.
+  void send(const Launches& cut, const Table& table, const Allocate& allocate,
+            cudaStream_t stream) {
+    Image image;
+    const size_t layouts = image.add(collect_layouts(table));
+    const size_t tensors = image.add(std::vector(table.tensors, table.tensors + tensor_count_));
+    const size_t live = image.add(live_.values());
+    const size_t rows = image.add(host_rows_);
+    const size_t pieces = image.add(cut.pieces);
+    const size_t first_piece = image.add(cut.first_piece);
+    const size_t piece_counts = image.add(cut.piece_counts);
+    const size_t partials = image.add_zeros<Partial>(piece_count_);
+    const size_t tensor_totals = image.add_zeros<Partial>(tensor_count_);
+    const size_t clips = image.add_zeros<double>(tensor_count_);
+    const size_t tickets = image.add_zeros<uint32_t>(2 + tensor_count_);
+
+    const bool capturing = is_capturing(stream);
+    memory_ = capturing ? allocate_during_capture(image.size()) : allocate(image.size());
+    std::byte* const base = memory_.get();
+    point_to_layouts(reinterpret_cast<TensorRow*>(image.data() + tensors),
+                     reinterpret_cast<const int64_t*>(base + layouts));
+    if (capturing) {
+      copy_during_capture(base, image.data(), image.size());
+    } else {
+      // Pageable memory has been read when the call returns.
+      const RelaxedCapture relaxed;
+      check(cudaMemcpyAsync(base, image.data(), image.size(), cudaMemcpyHostToDevice, stream),
+            "copying " + std::to_string(image.size()) + " bytes of the table");
+    }
+    tensors_ = reinterpret_cast<TensorRow*>(base + tensors);
+    live_.set_home(base + live);
+    rows_ = reinterpret_cast<int32_t*>(base + rows);
+    pieces_ = reinterpret_cast<Piece*>(base + pieces);
+    first_piece_ = reinterpret_cast<int64_t*>(base + first_piece);
+    piece_counts_ = reinterpret_cast<int64_t*>(base + piece_counts);
+    partials_ = reinterpret_cast<Partial*>(base + partials);
+    tensor_totals_ = reinterpret_cast<Partial*>(base + tensor_totals);
+    clips_ = reinterpret_cast<double*>(base + clips);
+    tickets_ = reinterpret_cast<uint32_t*>(base + tickets);
+  }
+
+  // Lets the rows find their layouts where the device has what collect_layouts gathered.
+  void point_to_layouts(TensorRow* rows, const int64_t* layouts) const {
+    for (TensorRow* row = rows; row < rows + tensor_count_; ++row) {
+      if (row->layout == nullptr) continue;
+      const int64_t words = Layout::words(Layout::ndim(row->layout));
+      row->layout = layouts;
+      layouts += words;
     }
   }
 
   void launch_reduce(const ReduceRequest& request, int64_t pieces, cudaStream_t stream) {
     ReduceParams params{};
     params.table = device_table();
-    params.pieces = as<Piece>(pieces_);
+    params.pieces = pieces_;
     params.piece_count = pieces;
     params.tensor_count = pieces > 0 ? tensor_count_ : 0;
     params.filled_count = filled_count_;
-    params.first_piece = as<int64_t>(first_piece_);
-    params.piece_counts = as<int64_t>(piece_counts_);
+    params.first_piece = first_piece_;
+    params.piece_counts = piece_counts_;
     params.inputs = request.inputs;
     params.max_grad_norm = request.max_grad_norm;
     params.skip_nonfinite = request.skip_nonfinite;
-    params.partials = as<Partial>(partials_);
-    params.tensor_totals = as<Partial>(tensor_totals_);
-    params.clips = as<double>(clips_);
-    params.ticket = as<uint32_t>(tickets_) + 1;
-    params.tensor_tickets = as<uint32_t>(tickets_) + 2;
+    params.partials = partials_;
+    params.tensor_totals = tensor_totals_;
+    params.clips = clips_;
+    params.ticket = tickets_ + 1;
+    params.tensor_tickets = tickets_ + 2;
     params.control = request.control;
     params.totals = request.totals;
     launch_kernel(reduce_kernel_of_all_rules(), params, std::max<int64_t>(pieces, 1), stream,
                   "the reduce kernel");
   }
 
-  DeviceTable device_table() const {
-    return {as<TensorRow>(tensors_), live_.grads(), live_.groups()};
-  }
+  DeviceTable device_table() const { return {tensors_, live_.grads(), live_.groups()}; }
 
-  void keep_forever() {
-    for (DeviceMemory* memory : {&layouts_, &tensors_, &rows_, &pieces_, &first_piece_,
-                                 &piece_counts_, &partials_, &tensor_totals_, &clips_, &tickets_}) {
-      memory->keep_forever();
-    }
+  void keep_memory() {
+    if (!kept_) keep_forever(memory_);
+    kept_ = true;
   }
 
   std::vector<Launch> launches_;
@@ -168,49 +168,43 @@ class DevicePlan::Impl {
   int64_t tensor_count_;
   int64_t piece_count_;
   int64_t filled_count_;
-  bool reduced_ = false;  // a reduce pass has left clip coefficients for the coming apply pass
   LiveTable live_;
+  Memory memory_;  // of all that follows
+  bool kept_ = false;
   // The table: written once.
-  DeviceMemory layouts_;
-  DeviceMemory tensors_;
-  DeviceMemory rows_;
-  DeviceMemory pieces_;
-  DeviceMemory first_piece_;
-  DeviceMemory piece_counts_;
+  const TensorRow* tensors_;
+  const int32_t* rows_;
+  const Piece* pieces_;
+  const int64_t* first_piece_;
+  const int64_t* piece_counts_;
   // What the kernels write.
-  DeviceMemory partials_;
-  DeviceMemory tensor_totals_;
-  DeviceMemory clips_;
-  DeviceMemory tickets_;
+  Partial* partials_;
+  Partial* tensor_totals_;
+  double* clips_;
+  uint32_t* tickets_;
 };
 
-DevicePlan::DevicePlan(size_t rule, int device, const Table& table)
-    : device_(usable_device(device)) {
-  const DeviceGuard guard(device_);
-  impl_ = std::make_unique<Impl>(rule, table);
+DevicePlan::DevicePlan(size_t rule, int device, const Table& table, const Allocate& allocate,
+                       StreamHandle stream) {
+  const std::string reason = unavailable(device);
+  if (!reason.empty()) {
+    throw std::runtime_error("fusedopt: CUDA device " + std::to_string(device) +
+                             " cannot be used: " + reason);
+  }
+  impl_ = std::make_unique<Impl>(rule, table, allocate, as_stream(stream));
 }
 
-DevicePlan::~DevicePlan() {
-  try {
-    const DeviceGuard guard(device_);
-    impl_.reset();
-  } catch (const std::runtime_error&) {
-    // The driver is gone, at the end of the process, and the memory with it.
-  }
-}
+DevicePlan::~DevicePlan() = default;
 
 bool DevicePlan::update(const TensorRow* tensors, const GroupRow* groups, StreamHandle stream) {
-  const DeviceGuard guard(device_);
   return impl_->update(tensors, groups, as_stream(stream));
 }
 
 void DevicePlan::reduce(const ReduceRequest& request, StreamHandle stream) {
-  const DeviceGuard guard(device_);
   impl_->reduce(request, as_stream(stream));
 }
 
 void DevicePlan::apply(const ApplyRequest& request, StreamHandle stream) {
-  const DeviceGuard guard(device_);
   impl_->apply(request, as_stream(stream));
 }
 

@@ -1,8 +1,9 @@
-// Checked calls, the current device, memory.
+// Checked calls, and what a step under capture needs.
 #include "cuda/runtime.h"
 
+#include <mutex>
 #include <stdexcept>
-#include <utility>
+#include <vector>
 
 namespace fusedopt::cuda {
 
@@ -11,16 +12,6 @@ void check(cudaError_t status, const std::string& action) {
   cudaGetLastError();
   throw std::runtime_error("fusedopt: " + action + " failed: " + cudaGetErrorString(status) +
                            " (CUDA error " + std::to_string(status) + ")");
-}
-
-DeviceGuard::DeviceGuard(int device) {
-  check(cudaGetDevice(&previous_), "asking for the current CUDA device");
-  changed_ = previous_ != device;
-  if (changed_) check(cudaSetDevice(device), "choosing CUDA device " + std::to_string(device));
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (changed_) cudaSetDevice(previous_);
 }
 
 RelaxedCapture::RelaxedCapture() {
@@ -35,34 +26,30 @@ bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-DeviceMemory::DeviceMemory(const void* from, size_t size) {
-  if (size == 0) return;
+Memory allocate_during_capture(size_t size) {
   const RelaxedCapture relaxed;
   void* data = nullptr;
   check(cudaMalloc(&data, size), "allocating " + std::to_string(size) + " bytes for the table");
-  data_ = static_cast<std::byte*>(data);
-  // A stream of its own: the caller's may be under capture, and nobody else knows this memory yet.
+  return Memory(static_cast<std::byte*>(data), [](std::byte* memory) { cudaFree(memory); });
+}
+
+void copy_during_capture(std::byte* to, const void* from, size_t size) {
+  const RelaxedCapture relaxed;
+  // A stream of its own: the caller's is under capture, and nobody else knows this memory yet.
   cudaStream_t stream = nullptr;
-  cudaError_t status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-  if (status == cudaSuccess) {
-    status = cudaMemcpyAsync(data, from, size, cudaMemcpyHostToDevice, stream);
-    const cudaError_t completed = cudaStreamSynchronize(stream);
-    if (status == cudaSuccess) status = completed;
-    cudaStreamDestroy(stream);
-  }
-  if (status != cudaSuccess) cudaFree(data);
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+  cudaError_t status = cudaMemcpyAsync(to, from, size, cudaMemcpyHostToDevice, stream);
+  const cudaError_t completed = cudaStreamSynchronize(stream);
+  if (status == cudaSuccess) status = completed;
+  cudaStreamDestroy(stream);
   check(status, "copying " + std::to_string(size) + " bytes of the table");
 }
 
-DeviceMemory::~DeviceMemory() {
-  if (data_ == nullptr || forever_) return;
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  cudaThreadExchangeStreamCaptureMode(&mode);
-  cudaFree(data_);  // waits for kernels in flight; fails harmlessly when the process is at its end
-  cudaThreadExchangeStreamCaptureMode(&mode);
+void keep_forever(const Memory& memory) {
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<Memory>;
+  const std::lock_guard lock(mutex);
+  kept->push_back(memory);
 }
-
-DeviceMemory::DeviceMemory(DeviceMemory&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), forever_(other.forever_) {}
 
 }  // namespace fusedopt::cuda

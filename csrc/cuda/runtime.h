@@ -15,20 +15,6 @@ namespace fusedopt::cuda {
 // Also forgets the error, so that an unrelated later call does not report it again.
 void check(cudaError_t status, const std::string& action);
 
-// Makes `device` current and, at the end, the one that was current before. Leaves the runtime alone
-// when they are the same: to name a device is to create a context on it.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_;
-  bool changed_;
-};
-
 // Lets this thread allocate memory and query events although some stream is under capture
 // (cudaStreamCaptureModeGlobal, as torch captures, otherwise fails such calls and spoils the
 // capture).
@@ -45,23 +31,13 @@ class RelaxedCapture {
 
 bool is_capturing(cudaStream_t stream);
 
-// A copy of `size` bytes of host memory on the current device, complete when the constructor
-// returns, also while a stream is under capture. The size may be 0.
-class DeviceMemory {
- public:
-  DeviceMemory(const void* from, size_t size);
-  ~DeviceMemory();
-  DeviceMemory(DeviceMemory&& other) noexcept;
-  DeviceMemory& operator=(DeviceMemory&&) = delete;
-
-  std::byte* data() const { return data_; }
-  // From now on the memory lives as long as the process.
-  void keep_forever() { forever_ = true; }
-
- private:
-  std::byte* data_ = nullptr;
-  bool forever_ = false;
-};
+// Memory of the current device while a stream is under capture. Not torch's: what its allocator
+// gives then belongs to the graph, whose earlier kernels would write to it at every replay.
+Memory allocate_during_capture(size_t size);
+// A copy from the host that is complete when this returns, although a stream is under capture.
+void copy_during_capture(std::byte* to, const void* from, size_t size);
+// From now on the memory lives as long as the process.
+void keep_forever(const Memory& memory);
 
 // Loads a kernel's code, which otherwise happens at its first launch; fails where there is none for
 // the device.

@@ -31,17 +31,30 @@ void StagingRing::copy(const void* from, void* to_device, size_t size, cudaStrea
   // Another thread may have a stream under capture.
   const RelaxedCapture relaxed;
   cudaEvent_t& copied = copied_[next_];
-  if (copied == nullptr) {
-    check(cudaEventCreateWithFlags(&copied, cudaEventDisableTiming), "creating an event");
-  } else {
+  if (copied != nullptr) {
     check(cudaEventSynchronize(copied), "waiting for an earlier copy of the table");
   }
   std::byte* const buffer = memory_ + next_ * size_;
   memcpy(buffer, from, size);
   check(cudaMemcpyAsync(to_device, buffer, size, cudaMemcpyHostToDevice, stream),
         "copying " + std::to_string(size) + " bytes of the table");
-  check(cudaEventRecord(copied, stream), "recording an event");
+  const cudaError_t recorded = record(copied, stream);
+  if (recorded != cudaSuccess) {
+    // Without the event only the stream itself says when the buffer has been read.
+    cudaStreamSynchronize(stream);
+    if (copied != nullptr) cudaEventDestroy(copied);
+    copied = nullptr;
+  }
+  check(recorded, "recording an event");
   next_ = (next_ + 1) % kBuffers;
+}
+
+cudaError_t StagingRing::record(cudaEvent_t& event, cudaStream_t stream) {
+  if (event == nullptr) {
+    const cudaError_t created = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    if (created != cudaSuccess) return created;
+  }
+  return cudaEventRecord(event, stream);
 }
 
 }  // namespace fusedopt::cuda

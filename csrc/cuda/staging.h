@@ -26,10 +26,13 @@ class StagingRing {
   void copy(const void* from, void* to_device, size_t size, cudaStream_t stream);
 
  private:
+  // Records the event, made at its first use.
+  static cudaError_t record(cudaEvent_t& event, cudaStream_t stream);
+
   static constexpr int kBuffers = 8;
   size_t size_;
   std::byte* memory_ = nullptr;
-  std::array<cudaEvent_t, kBuffers> copied_{};  // null until the buffer's first use
+  std::array<cudaEvent_t, kBuffers> copied_{};  // null: nothing to wait for
   int next_ = 0;
 };
 

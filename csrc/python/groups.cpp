@@ -1,12 +1,10 @@
 #include "python/groups.h"
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/item.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <string>
 
 #include "python/tensors.h"
 
@@ -68,13 +66,16 @@ PyObject* lr_of(PyObject* dict) {
 
 }  // namespace
 
+void check_one_element(const at::Tensor& tensor, const std::string& what) {
+  if (tensor.numel() == 1) return;
+  throw py::value_error(what + " is a tensor of " + std::to_string(tensor.numel()) +
+                        " elements; expected a number or a tensor of one element");
+}
+
 double to_double(PyObject* value, const std::string& what) {
   if (const at::Tensor* found = as_tensor(value)) {
     const at::Tensor tensor = *found;
-    if (tensor.numel() != 1) {
-      throw py::value_error(what + " is a tensor of " + std::to_string(tensor.numel()) +
-                            " elements; expected a number or a tensor of one element");
-    }
+    check_one_element(tensor, what);
     return tensor.item().toDouble();
   }
   const double number = PyFloat_AsDouble(value);

@@ -2,6 +2,7 @@
 // and the hyperparameters, which any scheduler may change before any step. Keeps none of it alive.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 #include <pybind11/pybind11.h>
 
@@ -62,6 +63,9 @@ class Groups {
   std::vector<Group> groups_;
   std::vector<GroupRow> rows_;
 };
+
+// Raises ValueError naming `what` unless the tensor has one element.
+void check_one_element(const at::Tensor& tensor, const std::string& what);
 
 // A Python number or 1-element tensor as a double. Raises TypeError or ValueError naming `what`.
 double to_double(PyObject* value, const std::string& what);

@@ -68,8 +68,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("rule"), py::arg("device"), py::arg("slots"), py::arg("param_groups"),
            py::arg("state"));
   module.def("cuda_unavailable", [] { return cuda::unavailable(); });
-  module.def(
-      "cuda_unavailable", [](int device) { return cuda::unavailable(device); }, py::arg("device"));
+  module.def("cuda_unavailable", &cuda_unavailable, py::arg("device"));
 #endif
 
   module.def("instruction_sets", &cpu::instruction_sets);

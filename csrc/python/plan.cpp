@@ -84,7 +84,9 @@ void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
   TensorRow& row = rows_[index];
   row.group = group;
   row.param = tensor.mutable_data_ptr();
-  row.param_type = dtype_of(tensor).value();
+  // Until a gradient or a state is seen, it is taken to be like its parameter.
+  row.param_type = row.grad_type = dtype_of(tensor).value();
+  std::fill_n(row.state_type, kMaxStates, row.param_type);
   row.numel = tensor.numel();
   numel_ += row.numel;
   Slot& slot = slots_[index];
@@ -282,11 +284,10 @@ bool Plan::take_new_gradient(size_t index, const at::Tensor& grad) {
     }
     write_layout(operands, layout);
   }
-  if (row.grad_type != *type || layouts_[index] != layout || !slot.grad_seen) ++rows_version_;
+  if (row.grad_type != *type || layouts_[index] != layout) ++rows_version_;
   row.grad_type = *type;
   layouts_[index] = std::move(layout);
   row.layout = layouts_[index].empty() ? nullptr : layouts_[index].data();
-  slot.grad_seen = true;
   if (!serves(row)) return false;
   slot.grad_geometry = geometries_.number_of(impl);
   return true;

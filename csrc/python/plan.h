@@ -45,7 +45,7 @@ class Plan {
   // the step can run as it is. Raises for a gradient or a state that does not fit its parameter.
   // Changes nothing but the plan. What it found is valid until Python code runs; to go on with it
   // after that, `hold` it.
-  std::optional<Attention> begin(const py::object& param_groups, const py::object& state);
+  virtual std::optional<Attention> begin(const py::object& param_groups, const py::object& state);
 
   // Keeps the memory of a step that has begun alive, whatever becomes of the tensors, until
   // `release`. Raises when it is held already: a step inside of a step.
@@ -68,8 +68,6 @@ class Plan {
   virtual bool serves(const TensorRow& /*row*/) const { return true; }
   // Whether the state of a row exists; without, the row describes no more than its parameter.
   bool has_state(size_t index) const { return slots_[index].ready; }
-  // Whether the row's gradient type means anything yet.
-  bool has_seen_gradient(size_t index) const { return slots_[index].grad_seen; }
   // How many elements all rows have.
   int64_t numel() const { return numel_; }
   // Tells autograd that this step wrote parameters and states. While the step is held, or before
@@ -84,7 +82,6 @@ class Plan {
     int32_t state_count = 0;
     bool ready = false;  // its state exists
     bool dense = false;  // parameter and states lie densely in the same order
-    bool grad_seen = false;
     // Of the gradient before: one like it needs no further look. -1: of none that a kernel read.
     int32_t grad_geometry = -1;
     PyObject* state = nullptr;

@@ -49,11 +49,9 @@ py::list TablePlan::rows() const {
 py::tuple TablePlan::describe_row(size_t index) const {
   const TensorRow& row = Plan::rows()[index];
   const int variant = variant_of(row);
-  // Until a gradient is seen, it is taken to be like its parameter.
-  const DType grad_type = has_seen_gradient(index) ? row.grad_type : row.param_type;
   py::list states, layout, types;
   types.append(scalar_type_of(row.param_type));
-  types.append(scalar_type_of(grad_type));
+  types.append(scalar_type_of(row.grad_type));
   for (const rules::StateName& name : all_rules().data[rule_index()].states) {
     if ((name.variant_bit & variant) != name.variant_bit) continue;
     const size_t k = states.size();

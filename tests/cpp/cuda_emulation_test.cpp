@@ -51,7 +51,7 @@ void run_step(cuda::DevicePlan& plan, Problem<Rule>& problem, const StepRequest&
                  &device.control, nullptr},
                 0);
   }
-  plan.apply({inputs, &device.control, request.reduce}, 0);
+  plan.apply({inputs, &device.control, request.reduce, request.reduce}, 0);
   const StepControl& control = device.control;
   const auto near = [](double a, double b) {
     return std::fabs(a - b) <= 1e-14 * std::fabs(b) || a == b || (a != a && b != b);
@@ -106,7 +106,7 @@ void test_rule(const std::string& name) {
       problem.fill(variant + 1);
       const size_t rule = rule_index(name);
       expect(cuda::serves(rule, variant, problem.rows[0]), what + ": is served");
-      cuda::DevicePlan plan(rule, 0, problem.table());
+      cuda::DevicePlan plan(rule, 0, problem.table(), device_memory, 0);
 
       problem.set_grads([](size_t i) { return i % 4 != 3; });
       run_step(plan, problem, {}, what + ", first step");
@@ -154,7 +154,7 @@ void test_mixture() {
                         100);
   problem.fill(7);
   problem.groups[2].max_grad_norm_per_param = 3.0;
-  cuda::DevicePlan plan(rule_index("adam"), 0, problem.table());
+  cuda::DevicePlan plan(rule_index("adam"), 0, problem.table(), device_memory, 0);
   const int before = emulation::counts().launches;
   run_step(plan, problem, {.max_grad_norm = 0.5, .reduce = true}, "mixture");
   expect(emulation::counts().launches - before == 1 + cuda::kTypeComboCount, "mixture: launches");
@@ -172,7 +172,7 @@ void test_nonfinite() {
     Problem<rules::sgd> problem(0, {make_group<rules::sgd>(0)}, {{20, cuda::kTypeCombos[0]}}, 8);
     problem.fill(3);
     problem.tensors[0].set(1, 13, bad);
-    cuda::DevicePlan plan(rule_index("sgd"), 0, problem.table());
+    cuda::DevicePlan plan(rule_index("sgd"), 0, problem.table(), device_memory, 0);
     StepControl control{};
     plan.update(problem.rows.data(), problem.groups.data(), 0);
     plan.reduce({{}, 1.0, false, &control, nullptr}, 0);
@@ -184,7 +184,7 @@ void test_nonfinite() {
   Problem<rules::sgd> problem(0, {make_group<rules::sgd>(0)}, {{3000, cuda::kTypeCombos[0]}}, 512);
   problem.fill(4);
   for (int i = 0; i < 3000; ++i) problem.tensors[0].set(1, i, 1e30);
-  cuda::DevicePlan plan(rule_index("sgd"), 0, problem.table());
+  cuda::DevicePlan plan(rule_index("sgd"), 0, problem.table(), device_memory, 0);
   StepControl control{};
   double totals[2] = {-1.0, -1.0};
   const double unscale = 0.5;

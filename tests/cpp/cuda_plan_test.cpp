@@ -40,7 +40,7 @@ void step_reference(Sgd& problem) { problem.reference_update(problem.reference_c
 
 void test_uploads() {
   Sgd problem = make_problem(20);
-  cuda::DevicePlan plan(kSgd, 0, problem.table());
+  cuda::DevicePlan plan(kSgd, 0, problem.table(), device_memory, 0);
   StepControl control{};
   const auto copies_of = [&](const auto& change) {
     change();
@@ -63,7 +63,7 @@ void test_uploads() {
 // A host many steps ahead of the device: every step still finds its own values.
 void test_steps_in_flight() {
   Sgd problem = make_problem(5);
-  cuda::DevicePlan plan(kSgd, 0, problem.table());
+  cuda::DevicePlan plan(kSgd, 0, problem.table(), device_memory, 0);
   StepControl control{};
   emulation::set_deferred(true);
   const int before = emulation::counts().waits;
@@ -93,7 +93,7 @@ void test_graph() {
   problem.groups[1].lr = &lr;
   problem.groups[1].lr_type = DType::kFloat32;
   {
-    cuda::DevicePlan plan(kSgd, 0, problem.table());
+    cuda::DevicePlan plan(kSgd, 0, problem.table(), device_memory, 0);
     step(plan, problem, control);
     step_reference(problem);
 
@@ -152,7 +152,7 @@ void test_capture_elsewhere() {
   emulation::begin_capture(other);
   Sgd problem = make_problem(3);
   {
-    cuda::DevicePlan plan(kSgd, 0, problem.table());
+    cuda::DevicePlan plan(kSgd, 0, problem.table(), device_memory, 0);
     StepControl control{};
     for (int i = 0; i < 10; ++i) {
       problem.groups[0].hyper[0] += 0.1;
@@ -186,11 +186,11 @@ void test_errors() {
   StepControl control{};
   const int before = emulation::counts().allocations;
   emulation::fail_next_allocation();
-  expect_text(error_of([&] { cuda::DevicePlan plan(kSgd, 0, problem.table()); }),
+  expect_text(error_of([&] { cuda::DevicePlan plan(kSgd, 0, problem.table(), device_memory, 0); }),
               {"allocating", "bytes", "out of memory"});
   expect(emulation::counts().allocations == before, "errors: no memory is lost");
 
-  cuda::DevicePlan plan(kSgd, 0, problem.table());
+  cuda::DevicePlan plan(kSgd, 0, problem.table(), device_memory, 0);
   plan.update(problem.rows.data(), problem.groups.data(), 0);
   emulation::fail_next_launch();
   expect_text(error_of([&] { plan.apply({{}, &control, false}, 0); }),
@@ -208,13 +208,22 @@ void test_errors() {
   row.grad_type = DType::kFloat64;
   expect(!cuda::serves(kSgd, 1, row),
          "errors: float64 gradients of float32 parameters are not served");
+  // Such a row stays as it is; the others go on.
   problem.rows[1].state_type[0] = DType::kFloat16;
-  expect_text(error_of([&] { cuda::DevicePlan plan(kSgd, 0, problem.table()); }),
-              {"row 1 has float32 parameters", "no CUDA kernel"});
+  {
+    cuda::DevicePlan partial(kSgd, 0, problem.table(), device_memory, 0);
+    partial.update(problem.rows.data(), problem.groups.data(), 0);
+    partial.reduce({{}, 1.0, false, &control, nullptr}, 0);
+    partial.apply({{}, &control, true}, 0);
+    problem.set_grads([](size_t i) { return i != 1; });
+    problem.reference_control({.max_grad_norm = 1.0, .reduce = true});
+    problem.reference_update(control);
+    problem.expect_same("errors: beside a row that is not served");
+  }
 
   emulation::set_driver(false);
   expect_text(cuda::unavailable(), {"no NVIDIA driver", "install"});
-  expect_text(error_of([&] { cuda::DevicePlan plan(kSgd, 0, problem.table()); }),
+  expect_text(error_of([&] { cuda::DevicePlan plan(kSgd, 0, problem.table(), device_memory, 0); }),
               {"CUDA device 0", "no NVIDIA driver"});
   emulation::set_driver(true);
   expect(cuda::unavailable().empty() && cuda::unavailable(1).empty(), "errors: available again");
@@ -227,7 +236,8 @@ void test_nothing_to_do() {
   {
     Sgd problem = make_problem(3);
     problem.set_grads([](size_t) { return false; });
-    cuda::DevicePlan plan(kSgd, 1, problem.table());
+    cudaSetDevice(1);
+    cuda::DevicePlan plan(kSgd, 1, problem.table(), device_memory, 0);
     float found_inf = 3.0f;
     StepControl control{};
     plan.update(problem.rows.data(), problem.groups.data(), 0);
@@ -238,18 +248,16 @@ void test_nothing_to_do() {
            "nothing to do: norm");
 
     Sgd empty(1, {make_group(0.1)}, {{0, cuda::kTypeCombos[0]}}, 64);
-    cuda::DevicePlan empty_plan(kSgd, 1, empty.table());
+    cuda::DevicePlan empty_plan(kSgd, 1, empty.table(), device_memory, 0);
     step(empty_plan, empty, control);
     step(empty_plan, empty, control);
     expect(empty.tensors[0].step == 2.0f, "nothing to do: an empty tensor's counter advances");
     Sgd none(1, {}, {}, 64);
-    cuda::DevicePlan none_plan(kSgd, 1, none.table());
+    cuda::DevicePlan none_plan(kSgd, 1, none.table(), device_memory, 0);
     step(none_plan, none, control);
   }
   expect(emulation::counts().allocations == before, "nothing to do: all memory is freed");
-  int device = -1;
-  cudaGetDevice(&device);
-  expect(device == 0, "nothing to do: the current device is what it was");
+  cudaSetDevice(0);
 }
 
 void test_piece_length() {

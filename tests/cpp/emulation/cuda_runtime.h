@@ -6,7 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <type_traits>
+#include <typeindex>
 
 #define __device__
 #define __global__
@@ -46,12 +48,15 @@ inline int max(int a, int b) { return a > b ? a : b; }
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorUnknown = 999,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
@@ -96,13 +101,17 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 namespace emulation {
-cudaError_t launch(dim3 grid, dim3 block, cudaStream_t stream, std::function<void()> thread);
-}
+// One kernel, in the order of the stream. `params`, of this type, are what it is given: they name
+// all memory that it may touch.
+cudaError_t launch(dim3 grid, dim3 block, cudaStream_t stream, std::function<void()> thread,
+                   std::type_index type, std::shared_ptr<const void> params);
+}  // namespace emulation
 
 template <typename Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments,
                              size_t /*shared*/, cudaStream_t stream) {
   using Value = std::remove_const_t<Params>;
-  const Value params = *static_cast<const Value*>(arguments[0]);
-  return emulation::launch(grid, block, stream, [kernel, params] { kernel(params); });
+  const auto params = std::make_shared<const Value>(*static_cast<const Value*>(arguments[0]));
+  return emulation::launch(
+      grid, block, stream, [kernel, params] { kernel(*params); }, typeid(Value), params);
 }

@@ -14,7 +14,7 @@
 
 #include "core/control.h"
 #include "core/rule_info.h"
-#include "cuda/launch.h"
+#include "cuda/runtime.h"
 #include "cuda/types.h"
 #include "rules/common.h"
 
@@ -26,6 +26,9 @@ inline void expect(bool condition, const std::string& what) {
   if (condition) return;
   if (++failures <= 20) fprintf(stderr, "FAILED: %s\n", what.c_str());
 }
+
+// A plan's memory, in the place of torch's.
+constexpr auto device_memory = &cuda::allocate_during_capture;
 
 // Where a rule stands among all_rules().
 inline size_t rule_index(const std::string& name) {

@@ -1,205 +1,233 @@
-// The emulated CUDA runtime: the threads of a block are fibers that run one after another from
-// barrier to barrier, a stream is a queue of functions.
-#include <malloc.h>
-#include <setjmp.h>
-#include <ucontext.h>
-
-#include <cstdio>
-#include <cstdlib>
+// The emulated CUDA runtime: a stream is a queue of functions, which whoever waits for it runs.
+#include <chrono>
+#include <condition_variable>
 #include <cstring>
-#include <deque>
-#include <memory>
 #include <set>
-#include <utility>
 
-#include "emulation.h"
-
-struct EmulatedStream {
-  std::deque<std::function<void()>> queue;
-  bool capturing = false;
-  emulation::Graph recorded;
-};
-
-struct EmulatedEvent {
-  EmulatedStream* stream = nullptr;  // where it was recorded and not yet reached
-};
+#include "internal.h"
 
 namespace emulation {
 namespace {
 
 struct State {
   Counts counts;
-  bool reversed = false;
   bool deferred = false;
   bool driver = true;
+  bool strict = false;
   bool fail_allocation = false;
   bool fail_launch = false;
-  int device = 0;
+  int fail_call = 0;
+  std::string failed_call;
+  bool listen = false;
+  std::vector<std::string> calls;
   int captures = 0;
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
-  EmulatedStream default_stream;
+  bool contexts[kDevices] = {};
+  EmulatedStream default_streams[kDevices];
   std::set<EmulatedStream*> streams;
+  std::set<EmulatedEvent*> events;
+  std::vector<std::string> violations;
+  std::mutex gate_mutex;
+  std::condition_variable gate;
+  bool gate_open = false;
+
+  State() {
+    for (int device = 0; device < kDevices; ++device) {
+      default_streams[device].device = device;
+      streams.insert(&default_streams[device]);
+    }
+  }
 };
 
+// Never destroyed: plans may be destroyed later than anything else.
 State& state() {
-  static State instance;
-  return instance;
+  static State* const instance = new State;
+  return *instance;
 }
+
+thread_local int current_device = 0;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+bool forbidden_now() {
+  return state().captures > 0 && capture_mode != cudaStreamCaptureModeRelaxed;
+}
+
+void run_next(EmulatedStream& stream) {
+  const std::function<void()> work = std::move(stream.queue.front());
+  stream.queue.pop_front();
+  work();
+}
+
+// A call of the runtime: alone in it, counted, and the one that is to fail.
+class Call {
+ public:
+  explicit Call(const char* name) : lock_(mutex()) {
+    if (state().listen) state().calls.emplace_back(name);
+    if (state().fail_call == 0 || --state().fail_call > 0) return;
+    state().failed_call = name;
+    fails_ = true;
+  }
+  bool fails() const { return fails_; }
+
+ private:
+  std::lock_guard<std::recursive_mutex> lock_;
+  bool fails_ = false;
+};
+
+cudaError_t refuse(const std::string& violation, cudaError_t status) {
+  report(violation);
+  return status;
+}
+
+bool is_known(cudaStream_t stream) { return stream == nullptr || state().streams.count(stream); }
+
+}  // namespace
+
+std::recursive_mutex& mutex() {
+  static auto* const instance = new std::recursive_mutex;
+  return *instance;
+}
+
+void report(std::string violation) { state().violations.push_back(std::move(violation)); }
+bool is_strict() { return state().strict; }
+
+Counts& counts() { return state().counts; }
+void set_deferred(bool deferred) { state().deferred = deferred; }
+void fail_next_allocation() { state().fail_allocation = true; }
+void fail_next_launch() { state().fail_launch = true; }
+void set_driver(bool present) { state().driver = present; }
+void set_strict(bool strict) { state().strict = strict; }
+bool has_context(int device) { return state().contexts[device]; }
+void forget_contexts() { memset(state().contexts, 0, sizeof(state().contexts)); }
+void make_context(int device) { state().contexts[device] = true; }
+
+int chosen_device() { return current_device; }
+
+void choose_device(int device) {
+  current_device = device;
+  make_context(device);
+}
+
+void fail_call(int nth) {
+  state().fail_call = nth;
+  state().failed_call.clear();
+}
+const std::string& failed_call() { return state().failed_call; }
+
+void listen() { state().listen = true; }
+
+std::vector<std::string> take_calls() {
+  const std::lock_guard lock(mutex());
+  state().listen = false;
+  return std::exchange(state().calls, {});
+}
+
+std::vector<std::string> take_violations() {
+  const std::lock_guard lock(mutex());
+  return std::exchange(state().violations, {});
+}
+
+EmulatedStream& default_stream(int device) { return state().default_streams[device]; }
 
 EmulatedStream& resolve(cudaStream_t stream) {
-  return stream == nullptr ? state().default_stream : *stream;
+  return stream == nullptr ? default_stream(current_device) : *stream;
 }
 
-void enqueue(cudaStream_t stream, std::function<void()> work) {
-  EmulatedStream& target = resolve(stream);
-  if (target.capturing) {
-    target.recorded.push_back(std::move(work));
-  } else if (state().deferred) {
-    target.queue.push_back(std::move(work));
+void enqueue_outside(EmulatedStream& stream, std::function<void()> work) {
+  if (state().deferred && !stream.capturing) {
+    stream.queue.push_back(std::move(work));
   } else {
     work();
   }
 }
 
+void enqueue(EmulatedStream& stream, std::function<void()> work) {
+  if (stream.capturing) {
+    stream.recorded.push_back(std::move(work));
+  } else {
+    enqueue_outside(stream, std::move(work));
+  }
+}
+
 void drain(EmulatedStream& stream) {
-  while (!stream.queue.empty()) {
-    const std::function<void()> work = std::move(stream.queue.front());
-    stream.queue.pop_front();
-    work();
-  }
+  while (!stream.queue.empty()) run_next(stream);
 }
 
-bool forbidden_now() {
-  return state().captures > 0 && state().mode != cudaStreamCaptureModeRelaxed;
+std::shared_ptr<EmulatedMark> mark(EmulatedStream& stream) {
+  const auto made = std::make_shared<EmulatedMark>(EmulatedMark{&stream});
+  enqueue(stream, [made] { made->reached = true; });
+  return made;
 }
 
-// The block that is running. Its fibers are made once and serve all blocks; they are switched by
-// _setjmp and _longjmp, which unlike swapcontext make no system call.
-struct Block {
-  // Not a power of two: the stacks would all compete for the same lines of the cache.
-  static constexpr size_t kStack = 32 * 1024 + 7 * 64;
-  std::vector<std::unique_ptr<char[]>> stacks;
-  std::vector<jmp_buf> fibers;
-  std::vector<char> finished;
-  jmp_buf scheduler;
-  unsigned current = 0;
-  int any = 0;       // gathered for __syncthreads_or
-  int last_any = 0;  // of the last barrier that all threads have reached
-  const std::function<void()>* body = nullptr;
-};
-
-Block& block() {
-  static Block instance;
-  return instance;
+void wait_for(const std::shared_ptr<EmulatedMark>& mark) {
+  while (!mark->reached && !mark->stream->queue.empty()) run_next(*mark->stream);
 }
-
-// Gives control back to the scheduler until it resumes this thread.
-void yield() {
-  Block& b = block();
-  const unsigned thread = b.current;
-  if (_setjmp(b.fibers[thread]) == 0) _longjmp(b.scheduler, 1);
-}
-
-void run_fiber() {
-  for (;;) {
-    yield();
-    (*block().body)();
-    block().finished[block().current] = 1;
-  }
-}
-
-void resume(unsigned thread) {
-  Block& b = block();
-  b.current = thread;
-  threadIdx = dim3(thread);
-  if (_setjmp(b.scheduler) == 0) _longjmp(b.fibers[thread], 1);
-}
-
-// Starts the fiber of one more thread and lets it run to its first yield.
-void start_fiber() {
-  Block& b = block();
-  b.current = static_cast<unsigned>(b.stacks.size());
-  b.stacks.push_back(std::make_unique<char[]>(Block::kStack));
-  ucontext_t context;
-  getcontext(&context);
-  context.uc_stack.ss_sp = b.stacks.back().get();
-  context.uc_stack.ss_size = Block::kStack;
-  makecontext(&context, run_fiber, 0);
-  if (_setjmp(b.scheduler) == 0) setcontext(&context);
-}
-
-void run_block(unsigned threads, const std::function<void()>& body) {
-  Block& b = block();
-  if (b.fibers.empty()) b.fibers = std::vector<jmp_buf>(1024);
-  while (b.stacks.size() < threads) start_fiber();
-  b.body = &body;
-  b.finished.assign(threads, 0);
-  for (unsigned done = 0; done < threads;) {
-    for (unsigned i = 0; i < threads; ++i) resume(state().reversed ? threads - 1 - i : i);
-    for (char finished : b.finished) done += finished;
-    if (done != 0 && done != threads) {
-      fprintf(stderr, "emulation: %u of %u threads have left while the others wait\n", done,
-              threads);
-      abort();
-    }
-    b.last_any = b.any;
-    b.any = 0;
-  }
-}
-
-}  // namespace
-
-Counts& counts() { return state().counts; }
-void set_reversed(bool reversed) { state().reversed = reversed; }
-void set_deferred(bool deferred) { state().deferred = deferred; }
-void fail_next_allocation() { state().fail_allocation = true; }
-void fail_next_launch() { state().fail_launch = true; }
-void set_driver(bool present) { state().driver = present; }
 
 void synchronize() {
-  drain(state().default_stream);
+  const std::lock_guard lock(mutex());
   for (EmulatedStream* stream : state().streams) drain(*stream);
 }
 
 void begin_capture(cudaStream_t stream) {
+  const std::lock_guard lock(mutex());
   resolve(stream).capturing = true;
   ++state().captures;
 }
 
 Graph end_capture(cudaStream_t stream) {
+  const std::lock_guard lock(mutex());
   resolve(stream).capturing = false;
   --state().captures;
   return std::exchange(resolve(stream).recorded, {});
 }
 
-cudaError_t launch(dim3 grid, dim3 threads, cudaStream_t stream, std::function<void()> thread) {
-  if (std::exchange(state().fail_launch, false)) return cudaErrorNoKernelImageForDevice;
-  ++counts().launches;
-  enqueue(stream, [=, thread = std::move(thread)] {
-    gridDim = grid;
-    for (unsigned i = 0; i < grid.x; ++i) {
-      blockIdx = dim3(state().reversed ? grid.x - 1 - i : i);
-      run_block(threads.x, thread);
+void replay(const Graph& graph, cudaStream_t stream) {
+  const std::lock_guard lock(mutex());
+  enqueue(resolve(stream), [&graph] {
+    for (const auto& node : graph) node();
+  });
+}
+
+void enqueue_gate(cudaStream_t stream) {
+  const std::lock_guard lock(mutex());
+  state().gate_open = false;
+  enqueue(resolve(stream), [] {
+    std::unique_lock lock(state().gate_mutex);
+    if (!state().gate.wait_for(lock, std::chrono::seconds(10), [] { return state().gate_open; })) {
+      report("the gate was not opened: the thread that should do so was held up");
     }
+  });
+}
+
+void open_gate() {
+  const std::lock_guard lock(state().gate_mutex);
+  state().gate_open = true;
+  state().gate.notify_all();
+}
+
+cudaError_t launch(dim3 grid, dim3 threads, cudaStream_t stream, std::function<void()> thread,
+                   std::type_index type, std::shared_ptr<const void> params) {
+  const Call call("cudaLaunchKernel");
+  if (call.fails()) return cudaErrorUnknown;
+  if (std::exchange(state().fail_launch, false)) return cudaErrorNoKernelImageForDevice;
+  if (!is_known(stream) || resolve(stream).device != current_device) {
+    return refuse("a kernel is launched on a stream that is not the current device's",
+                  cudaErrorInvalidResourceHandle);
+  }
+  ++counts().launches;
+  make_context(current_device);
+  enqueue(resolve(stream), [=, device = current_device, thread = std::move(thread)] {
+    if (is_strict()) {
+      const std::string wrong = check_params(type, params.get(), device);
+      if (!wrong.empty()) return report("a kernel is given " + wrong);
+    }
+    run_blocks(grid, threads, thread);
   });
   return cudaSuccess;
 }
 
 }  // namespace emulation
 
-using emulation::counts;
-using emulation::enqueue;
-using emulation::forbidden_now;
-using emulation::resolve;
-using emulation::state;
-
-void __syncthreads() { emulation::yield(); }
-
-int __syncthreads_or(int predicate) {
-  emulation::block().any |= predicate;
-  __syncthreads();
-  return emulation::block().last_any;
-}
+using namespace emulation;
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
@@ -207,12 +235,16 @@ const char* cudaGetErrorString(cudaError_t status) {
   switch (status) {
     case cudaSuccess:
       return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
     case cudaErrorMemoryAllocation:
       return "out of memory";
     case cudaErrorInsufficientDriver:
       return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorNoKernelImageForDevice:
       return "no kernel image is available for execution on the device";
+    case cudaErrorInvalidResourceHandle:
+      return "invalid resource handle";
     case cudaErrorStreamCaptureUnsupported:
       return "operation not permitted when stream is capturing";
     default:
@@ -231,21 +263,29 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = state().driver ? 2 : 0;
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  *count = state().driver ? kDevices : 0;
   return state().driver ? cudaSuccess : cudaErrorInsufficientDriver;
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = state().device;
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  *device = current_device;
   return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
-  state().device = device;
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  choose_device(device);
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
   *value = which == cudaDevAttrMultiProcessorCount      ? 4
            : which == cudaDevAttrComputeCapabilityMajor ? 9
                                                         : 0;
@@ -253,85 +293,173 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
 }
 
 cudaError_t cudaMalloc(void** data, size_t size) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
   if (forbidden_now()) return cudaErrorStreamCaptureUnsupported;
   if (std::exchange(state().fail_allocation, false)) return cudaErrorMemoryAllocation;
-  *data = aligned_alloc(256, (size + 255) / 256 * 256);
-  memset(*data, 0xa5, size);  // device memory comes with whatever was in it
-  ++counts().allocations;
+  make_context(current_device);
+  *data = take_memory(Memory::kDevice, size, current_device);
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* data) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
   if (forbidden_now()) return cudaErrorStreamCaptureUnsupported;
-  emulation::synchronize();
-  --counts().allocations;
-  // Given back to nobody, so that whoever still uses it finds garbage.
-  memset(data, 0xdd, malloc_usable_size(data));
+  synchronize();
+  if (give_back(Memory::kDevice, data)) return cudaSuccess;
+  return refuse("cudaFree is given what is no device memory", cudaErrorInvalidValue);
+}
+
+cudaError_t cudaHostAlloc(void** data, size_t size, unsigned) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  if (forbidden_now()) return cudaErrorStreamCaptureUnsupported;
+  if (std::exchange(state().fail_allocation, false)) return cudaErrorMemoryAllocation;
+  make_context(current_device);
+  *data = take_memory(Memory::kPinned, size, current_device);
   return cudaSuccess;
 }
 
-cudaError_t cudaHostAlloc(void** data, size_t size, unsigned) { return cudaMalloc(data, size); }
-cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
+// Strict where hardware may be so: does not wait for copies.
+cudaError_t cudaFreeHost(void* data) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  if (forbidden_now()) return cudaErrorStreamCaptureUnsupported;
+  if (give_back(Memory::kPinned, data)) return cudaSuccess;
+  return refuse("cudaFreeHost is given what is no pinned memory", cudaErrorInvalidValue);
+}
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind,
                             cudaStream_t stream) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  if (!is_known(stream)) {
+    return refuse("a copy on a stream that is gone", cudaErrorInvalidResourceHandle);
+  }
+  if (kind_of(from) == Memory::kDevice) {
+    return refuse("a copy from the host is given device memory", cudaErrorInvalidValue);
+  }
   ++counts().copies;
-  enqueue(stream, [=] { memcpy(to, from, size); });
+  EmulatedStream& target = resolve(stream);
+  const auto copy = [to, size](const void* bytes) {
+    const std::string wrong = is_strict() ? check_memory(Memory::kDevice, to, size) : "";
+    if (!wrong.empty()) return report("a copy writes to " + wrong);
+    memcpy(to, bytes, size);
+  };
+  if (kind_of(from) == Memory::kHost) {
+    // Pageable: staged before the call returns. A graph would read it anew at every replay.
+    if (target.capturing) return cudaErrorStreamCaptureUnsupported;
+    const auto* const bytes = static_cast<const char*>(from);
+    enqueue(target,
+            [copy, staged = std::vector<char>(bytes, bytes + size)] { copy(staged.data()); });
+    return cudaSuccess;
+  }
+  // Pinned memory is read when the stream gets there, not before.
+  count_reader(from, 1);
+  enqueue(target, [copy, from, size] {
+    const std::string wrong = check_memory(Memory::kPinned, from, size);
+    if (!wrong.empty()) return report("a copy reads " + wrong);
+    count_reader(from, -1);
+    copy(from);
+  });
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
   *stream = new EmulatedStream;
+  (*stream)->device = current_device;
   state().streams.insert(*stream);
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  state().streams.erase(stream);
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  if (state().streams.erase(stream) == 0) {
+    return refuse("cudaStreamDestroy is given no stream", cudaErrorInvalidResourceHandle);
+  }
+  if (!stream->queue.empty()) report("a stream is destroyed with work that nobody waited for");
+  drain(*stream);
   delete stream;
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  emulation::drain(resolve(stream));
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  if (!is_known(stream)) {
+    return refuse("waiting for a stream that is gone", cudaErrorInvalidResourceHandle);
+  }
+  drain(resolve(stream));
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  if (!is_known(stream)) return cudaErrorInvalidResourceHandle;
   *status = resolve(stream).capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  std::swap(*mode, state().mode);
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  std::swap(*mode, capture_mode);
   return cudaSuccess;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = new EmulatedEvent;
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  make_context(current_device);
+  *event = new EmulatedEvent{current_device, nullptr};
+  state().events.insert(*event);
   return cudaSuccess;
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  if (state().events.erase(event) == 0) {
+    return refuse("cudaEventDestroy is given no event", cudaErrorInvalidResourceHandle);
+  }
   delete event;
   return cudaSuccess;
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  event->stream = &resolve(stream);
-  enqueue(stream, [event] { event->stream = nullptr; });
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
+  if (!state().events.count(event) || !is_known(stream) ||
+      event->device != resolve(stream).device) {
+    return refuse("an event is recorded on a stream that is not its device's",
+                  cudaErrorInvalidResourceHandle);
+  }
+  event->mark = mark(resolve(stream));
   return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
   if (forbidden_now()) return cudaErrorStreamCaptureUnsupported;
-  if (event->stream != nullptr) {
+  if (!state().events.count(event) || event->mark == nullptr) {
+    // Hardware says at once that it is reached: whoever relies on it reads too early.
+    return refuse("waiting for an event that was never recorded", cudaErrorInvalidResourceHandle);
+  }
+  if (!event->mark->reached) {
     ++counts().waits;
-    emulation::drain(*event->stream);
+    wait_for(event->mark);
   }
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  const Call call(__func__);
+  if (call.fails()) return cudaErrorUnknown;
   return forbidden_now() ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
