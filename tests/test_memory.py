@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import gc
 import resource
 import weakref
@@ -88,12 +87,15 @@ def test_optimizer_is_freed_with_its_last_reference(entry, backend):
 @contextlib.contextmanager
 def at_most(extra: int):
     """Lets this process map only so many more bytes for a while."""
-    # What earlier tests freed at the end of the heap would do without being mapped.
-    ctypes.CDLL(None).malloc_trim(0)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     status = Path("/proc/self/status").read_text()
     size = int(status.split("VmSize:")[1].split()[0]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (size + extra, hard))
+    # What earlier tests freed is mapped still, and would do for a temporary.
+    plugs = []
+    with contextlib.suppress(RuntimeError):
+        while True:
+            plugs.append(torch.empty(36 * MEGABYTE, dtype=torch.uint8))
     try:
         yield
     finally:
