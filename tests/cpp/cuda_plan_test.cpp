@@ -1,5 +1,6 @@
 // The launchers of the CUDA backend on the emulated runtime: what travels to the device and when,
 // captured graphs, memory, devices, errors, and the length of pieces.
+#include <cstdlib>
 #include <stdexcept>
 
 #include "emulation.h"
