@@ -87,6 +87,8 @@ fuzz: $(VENV)/installed.stamp  ## random training stories for SECONDS (an hour),
 # the sanitizer's library comes first (and the one that throws, which it looks for at once), and leaks are not looked for.
 ASAN = build/asan
 ASAN_PRELOAD = $(foreach library,asan stdc++,$(shell c++ -print-file-name=lib$(library).so))
+ASAN_RUN = PYTHONPATH=$(abspath $(ASAN)/site) LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
+           UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 ASAN_TESTS = rules_test instruction_sets_test threads_test
 
 test-asan: $(VENV)/installed.stamp  ## bad accesses and undefined behaviour: C++ tests, a thin table of tests, the fuzzer
@@ -96,9 +98,8 @@ test-asan: $(VENV)/installed.stamp  ## bad accesses and undefined behaviour: C++
 	rm -rf $(ASAN)/site && mkdir $(ASAN)/site
 	cp -r "$$(cd $(ASAN) && $(abspath $(BIN))/python -c 'import fusedopt; print(*fusedopt.__path__)')" $(ASAN)/site
 	cp $(ASAN)/_C.*.so $(ASAN)/site/fusedopt
-	cd tests && PYTHONPATH=$(abspath $(ASAN)/site) LD_PRELOAD="$(ASAN_PRELOAD)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --thin --backend=cpu
+	cd tests && $(ASAN_RUN) -m pytest -q -p no:cacheprovider --thin --backend=cpu
+	cd tests && $(ASAN_RUN) -m fuzz --seed 1000 --cases 100
 
 test-tsan: $(VENV)/requirements.stamp  ## races between the threads of a step
 	$(call configure,build/tsan,-DFUSEDOPT_SANITIZE=thread -DFUSEDOPT_PYTHON=OFF)

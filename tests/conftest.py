@@ -25,6 +25,11 @@ if emulated_cuda.EMULATED:
         assert emulated_cuda.emulation.take_violations() == []
 
 
+#: Parameters with too many values for `--thin`, which takes any one of them: the variants of an
+#: optimizer, the stories of the fuzzer.
+MANY = ("options", "first")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the options."""
     group = parser.getgroup("fusedopt")
@@ -37,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--thin",
         action="store_true",
         help="of the tests in a file only as many cases as it takes for every test, and each value"
-        " of each parameter, to occur (of the variants of an optimizer, one)",
+        " of each parameter, to occur (of an optimizer's variants and the fuzzer's stories, one)",
     )
 
 
@@ -68,9 +73,8 @@ def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
 
 def _cover(cases: list[pytest.Item]) -> list[pytest.Item]:
     """Cases of every test in which each value of each parameter occurs, as few as will do."""
-    # An optimizer's variants are too many: they count as one.
     values = {
-        case: {(name, id(value)) for name, value in _params(case).items() if name != "options"}
+        case: {(name, id(value)) for name, value in _params(case).items() if name not in MANY}
         for case in cases
     }
     wanted = set().union(*values.values())

@@ -156,7 +156,7 @@ def test_every_rule_on_every_architecture(rule, variant, capability):
 
 
 def test_the_whole_step_in_one_launch():
-    """Without a norm the apply kernel writes the control block too, beside a double counter."""
+    """Without a norm the apply kernel writes the control block: five doubles beside a counter."""
     asm, _ = build_apply("adam", 0, TYPES["float32"], nvidia(90), controlled=False)
     assert len(re.findall(r"st\.global\.b64", asm["ptx"])) == 5 + 1
 

@@ -6,8 +6,13 @@ import argparse
 import sys
 import time
 
+import emulated_cuda
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from table import backends
+
+if emulated_cuda.EMULATED:
+    emulated_cuda.install()
+
+from table import backends  # noqa: E402
 
 from .play import COMMAND, StoryError, play, shorten, story_of
 

@@ -15,7 +15,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def bits(value: Tensor) -> Tensor:
     """Returns a dense real tensor with the same numbers, for comparisons."""
-    value = value.detach()
+    value = value.detach().cpu()
     if value.is_sparse:
         value = value.to_dense()
     return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
@@ -34,8 +34,10 @@ def assert_same(
 
 def outside(tensor: Tensor) -> Tensor:
     """Returns the elements of a tensor's memory that are not its own: nobody may write them."""
-    memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
-    own = torch.zeros(memory.numel(), dtype=torch.bool)
+    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+        tensor.detach().untyped_storage()
+    )
+    own = torch.zeros(memory.numel(), dtype=torch.bool, device=tensor.device)
     own.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
     return memory[~own]
 

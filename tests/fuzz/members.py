@@ -19,7 +19,7 @@ def add_group(world: World, rng: Random) -> None:
     group = draw_group(rng, world.entry)
     specs = [draw_param(rng, rng.choice(REALS), group, True) for _ in range(2)]
     for side in world.sides:
-        params = [make_param(spec) for spec in specs]
+        params = [make_param(spec, side.device) for spec in specs]
         keys = {"decoupled_weight_decay": _decouples(world)} if side is world.stock else {}
         side.optimizer.add_param_group({**keys, **group, "params": params})
 
@@ -34,7 +34,7 @@ def append_param(world: World, rng: Random) -> None:
     groups = pick_group(world, rng)
     spec = draw_param(rng, rng.choice(REALS), groups[0], True)
     for side, group in zip(world.sides, groups, strict=True):
-        param = make_param(spec)
+        param = make_param(spec, side.device)
         group["params"].append(param)
         _make_adagrad_state(world, side, param)
 
@@ -82,11 +82,11 @@ def prune(world: World, rng: Random) -> None:
         return  # a state that only ours has made so far
     for side in world.sides:
         old = side.params[index]
-        new = Parameter(old.detach()[rows])
+        new = Parameter(old.detach()[rows.to(old.device)])
         entries = side.optimizer.state.pop(old, None)
         if entries is not None:
             side.optimizer.state[new] = {
-                k: v[rows] if isinstance(v, Tensor) and k != "step" else v
+                k: v[rows.to(v.device)] if isinstance(v, Tensor) and k != "step" else v
                 for k, v in entries.items()
             }
         _replace(side, old, [new])

@@ -73,19 +73,19 @@ def _spoil_gradient(
 def gradient_shape(side: Side, rng: Random) -> Undo | None:
     """A gradient of another shape."""
     return _spoil_gradient(
-        side, rng, lambda p: torch.ones((*p.shape, 2), dtype=p.dtype) if p.numel() else None
+        side, rng, lambda p: p.detach().new_ones((*p.shape, 2)) if p.numel() else None
     )
 
 
 def gradient_integer(side: Side, rng: Random) -> Undo | None:
     """A gradient of whole numbers."""
-    return _spoil_gradient(side, rng, lambda p: torch.ones(p.shape, dtype=torch.int64))
+    return _spoil_gradient(side, rng, lambda p: torch.ones_like(p, dtype=torch.int64))
 
 
 def gradient_complex(side: Side, rng: Random) -> Undo | None:
     """A complex gradient of a real parameter."""
     return _spoil_gradient(
-        side, rng, lambda p: None if p.is_complex() else torch.ones(p.shape, dtype=torch.complex64)
+        side, rng, lambda p: None if p.is_complex() else torch.ones_like(p, dtype=torch.complex64)
     )
 
 
@@ -99,7 +99,7 @@ def gradient_sparse(side: Side, rng: Random) -> Undo | None:
     param.grad = None
     if hasattr(param, "grad_dtype"):
         param.grad_dtype = param.dtype
-    param.grad = as_sparse(torch.ones(param.shape, dtype=param.dtype))
+    param.grad = as_sparse(torch.ones_like(param))
 
     def undo() -> None:
         param.grad = None
@@ -134,6 +134,8 @@ def _spoil_state(side: Side, rng: Random, make: Callable[[Tensor], Any]) -> Undo
         return None
     entries = side.optimizer.state.get(found[1], {})
     names = [k for k, value in entries.items() if isinstance(value, Tensor) and k != "step"]
+    if found[0].get("momentum") == 0:
+        names = [name for name in names if name != "momentum_buffer"]  # not looked at
     if not names or (bad := make(entries[names[0]])) is None:
         return None
     return _put(entries, rng.choice(names), bad)

@@ -64,7 +64,7 @@ def draw_grad(
         kind = param.dtype  # torch's rules refuse others
     if kind == param.dtype and kind in (torch.float32, torch.float64):
         size *= extreme
-    grad = values(param.shape, number, kind, size)
+    grad = values(param.shape, number, kind, size).to(param.device)
     if sparse and takes_sparse(side, group, param):
         return as_sparse(grad.to(param.dtype))
     if layout == "expanded" and param.dim() and param.shape[0]:
@@ -124,7 +124,7 @@ def step(world: World, rng: Random) -> None:
     way = possible(way, ours)
     if way == "plain":
         scale = 1.0
-    grads = [None if param.grad is None else param.grad.clone() for param in ours.params]
+    grads = [None if p.grad is None else p.grad.detach().to("cpu", copy=True) for p in ours.params]
     bad = any_nonfinite([None if grad is None else stored_values(grad) for grad in grads])
     found_inf = 2.0 if way == "found_inf" else 0.0
     skips = world.settings["skip_nonfinite"] or way in BY_SCALER
@@ -161,7 +161,7 @@ def step(world: World, rng: Random) -> None:
 
 def widen(value: Tensor) -> Tensor:
     """Returns a float64 or complex128 copy."""
-    return value.to(torch.complex128 if value.is_complex() else torch.float64, copy=True)
+    return value.cpu().to(torch.complex128 if value.is_complex() else torch.float64, copy=True)
 
 
 def shake(value: Tensor, rng: Random | None) -> Tensor:

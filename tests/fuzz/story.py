@@ -25,7 +25,6 @@ KNOWN = {
     "versions",  # native steps do not count them up, so autograd misses writes
     "param_expanded",  # torch's rule raises in the middle of a step
     "state_list",  # the message blames another thread
-    "state_missing",  # without `step` the bias correction starts anew
 }
 
 

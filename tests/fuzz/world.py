@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from compare import same_bits
 from machine import instruction_set, instruction_sets, threads
-from table import Entry, Run, lay_out, random
+from table import Entry, Run, device_of, lay_out, random
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -33,9 +33,10 @@ def values(shape: Sequence[int], seed: int, dtype: torch.dtype, scale: float = 1
     return torch.complex(*(random(shape, seed + i, scale=scale).double() for i in (0, 1))).to(dtype)
 
 
-def make_param(spec: ParamSpec) -> Parameter:
+def make_param(spec: ParamSpec, device: str) -> Parameter:
     """Returns the parameter of a specification."""
-    return Parameter(lay_out(values(spec.shape, spec.seed, spec.dtype), spec.layout))
+    numbers = values(spec.shape, spec.seed, spec.dtype).to(device)
+    return Parameter(lay_out(numbers, spec.layout))
 
 
 @dataclass
@@ -52,8 +53,13 @@ class Side:
 
     def __post_init__(self) -> None:
         for name, kind in (("torch", torch.amp.GradScaler), ("fused", fusedopt.GradScaler)):
-            self.scalers[name] = kind("cpu", init_scale=16.0, growth_interval=1000)
-            self.scalers[name].scale(torch.ones(()))
+            self.scalers[name] = kind(self.device, init_scale=16.0, growth_interval=1000)
+            self.scalers[name].scale(torch.ones((), device=self.device))
+
+    @property
+    def device(self) -> str:
+        """Where its parameters live."""
+        return device_of(self.native)
 
     @property
     def params(self) -> list[Parameter]:
@@ -105,8 +111,8 @@ class Side:
             elif way == "closure":
                 assert optimizer.step(lambda: loss) is loss
             elif way in ("preset", "found_inf"):
-                optimizer.grad_scale = torch.tensor(scale)
-                optimizer.found_inf = torch.tensor(found_inf)
+                optimizer.grad_scale = torch.tensor(scale, device=self.device)
+                optimizer.found_inf = torch.tensor(found_inf, device=self.device)
                 try:
                     optimizer.step()
                 finally:
@@ -138,11 +144,13 @@ class World:
         self.log: list[str] = []
         #: Checkpoints of every side, and the shapes that they are for.
         self.remembered: tuple[list[dict[str, Any]], list[list[torch.Size]]] | None = None
-        self.ours = Side("ours", self.entry, self.make_ours(self._groups(), backend), backend)
-        self.stock = Side("stock", self.entry, self.make_stock(self._groups()))
+        self.ours = Side(
+            "ours", self.entry, self.make_ours(self._groups(device_of(backend)), backend), backend
+        )
+        self.stock = Side("stock", self.entry, self.make_stock(self._groups("cpu")))
         self.twins = []
         if backend != "torch":
-            optimizer = self.make_ours(self._groups(), "cpu")
+            optimizer = self.make_ours(self._groups("cpu"), "cpu")
             sets = instruction_sets()
             choice = sets[story.instructions % len(sets)]
             # Torch's own sums, where its rules take a norm, depend on the threads.
@@ -154,9 +162,9 @@ class World:
         """All of them, ours first."""
         return [self.ours, *self.twins, self.stock]
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def _groups(self, device: str) -> list[dict[str, Any]]:
         return [
-            {"params": [make_param(spec) for spec in specs], **group}
+            {"params": [make_param(spec, device) for spec in specs], **group}
             for group, specs in zip(self.story.groups, self.story.params, strict=True)
         ]
 
