@@ -84,7 +84,7 @@ def apply_kernel(
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Applies the rule to the piece ``first`` + program and advances its tensor's counter.
+    """Applies the rule to one of the pieces from ``first`` and advances its tensor's counter.
 
     CONTROLLED: the control block was written before, and ``coefs_ptr`` holds each tensor's clip
     coefficient (None: 1). Else this launch is the whole step, and its first program writes the
@@ -92,6 +92,9 @@ def apply_kernel(
     in memory. A null gradient, or a step to skip: nothing is written.
     """
     piece = first + tl.program_id(0)
+    if CONTROLLED:
+        # Backwards: the gradients that the reduce pass read last are still in the cache.
+        piece = first + tl.num_programs(0) - 1 - tl.program_id(0)
     begin, length, tensor = load_piece(pieces_ptr, piece)
     if CONTROLLED:
         unscale = tl.load(control_ptr + UNSCALE)

@@ -21,7 +21,10 @@ from fusedopt.kernels.apply import apply_kernel
 from fusedopt.kernels.pieces import (
     BLOCK,
     EDGE,
+    MAX_PIECE,
+    PAIRS,
     REDUCE_BLOCK,
+    REDUCE_EDGE,
     THREADS,
     Launch,
     Row,
@@ -173,8 +176,10 @@ class Tables:
             "TYPE": TYPES[launch.types[1]],
             "T": TYPES[launch.compute_type],
             "BLOCK": REDUCE_BLOCK,
-            "EDGE": EDGE,
-            "num_warps": self._warps,
+            "EDGE": REDUCE_EDGE,
+            "MAX_PIECE": MAX_PIECE,
+            "PAIRS": PAIRS,
+            "num_warps": max(self._warps // (1 if launch.types[1].itemsize > 2 else 2), 1),
             "enable_fp_fusion": False,
         }
 
@@ -285,7 +290,9 @@ class Tables:
         """
         self.upload()
         with _on(self._device):
-            for launch, constants in self._apply_launches:
+            # Like the kernel the pieces, backwards after a reduce pass.
+            step = -1 if controlled else 1
+            for launch, constants in self._apply_launches[::step]:
                 apply_kernel[(launch.count,)](
                     self._pieces,
                     self._tensors,

@@ -21,13 +21,18 @@ THREADS = 128
 # mask, took three times the registers of the unmasked loop and left two programs on a
 # multiprocessor instead of six.
 EDGE = 256
-# The reduce pass has one operand to keep in flight instead of four, so it takes twice the elements
-# at a time.
-REDUCE_BLOCK = 2 * BLOCK
+# The reduce pass has one operand to keep in flight instead of four, so it takes 8 accesses of 16
+# bytes a thread at a time (with half as many threads for half types), and half of that with masks.
+REDUCE_BLOCK = 4 * BLOCK
+REDUCE_EDGE = 2 * BLOCK
+# Partial results that it adds up at a time.
+PAIRS = 256
 # A program spends about two microseconds on its row and the rule's constants, so pieces should be
 # long; but every multiprocessor should get several rounds of the programs that it holds, or the
-# last round leaves most of them idle.
-MAX_PIECE = 16 * REDUCE_BLOCK
+# last round leaves most of them idle. Their lengths are powers of two: the order of sums
+# (csrc/core/sum_order.h) asks for that.
+MIN_PIECE = 2 * BLOCK
+MAX_PIECE = 32 * BLOCK
 PROGRAMS_PER_PROCESSOR = 32
 
 
@@ -69,7 +74,7 @@ class Launch:
 def piece_length(numel: int, processors: int) -> int:
     """How many elements a piece has at most, for ``numel`` elements in all."""
     wanted = numel // (processors * PROGRAMS_PER_PROCESSOR)
-    return max(min(wanted // REDUCE_BLOCK * REDUCE_BLOCK, MAX_PIECE), REDUCE_BLOCK)
+    return max(min(1 << max(wanted.bit_length() - 1, 0), MAX_PIECE), MIN_PIECE)
 
 
 def describe(rows: Sequence[Row], length: int) -> tuple[list[int], list[Launch], int]:

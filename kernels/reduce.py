@@ -3,8 +3,10 @@
 Yields each tensor's norm and clip coefficient, the sum of squares over all of them, the non-finite
 flag, and on request the control block of the step.
 
-Launched by launch.py, one program a piece; the last program of a tensor sums its pieces, the last
-of all sums the tensors, each in a fixed order, so that the results are deterministic.
+Launched by launch.py, one program a piece; the last program of a tensor adds up its pieces, the
+last of all the tensors. The order of all sums is that of csrc/core/sum_order.h: a strip is 128
+consecutive elements in 8 rows of 16 lanes, a lane adds up its column, and from there on neighbours
+are added up, then neighbours of those.
 """
 
 import triton
@@ -33,33 +35,75 @@ from fusedopt.kernels.table import (
     operand_offsets,
 )
 
+LANES = tl.constexpr(16)
+STRIP_ROWS = tl.constexpr(8)
+STRIP = tl.constexpr(128)
+
 
 @triton.jit
-def _judge_elements(ptr, offsets, mask, unscale, max_value, TYPE: tl.constexpr, T: tl.constexpr):
-    """One block's (squares in float64 after unscaling and clamping, 1 where raw is inf or nan)."""
+def _add_neighbours(values):
+    """The sum of a power of two of values: of neighbours, then of neighbours of those."""
+    for _ in tl.static_range(16):
+        if values.shape[0] > 2:
+            values = tl.sum(tl.reshape(values, [values.shape[0] // 2, 2]), axis=1)
+    return tl.sum(values, axis=0)
+
+
+@triton.jit
+def _magnitude_bits(x):
+    """The bits of a float without its sign: those of inf and nan are the largest."""
+    if x.dtype.primitive_bitwidth == 64:
+        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _add_row(sums, largest, ptr, offsets, mask, unscale, max_value, TYPE: tl.constexpr):
+    """Adds one row of several strips: (sums, largest magnitude bits of the raw elements)."""
     raw = load_raw(ptr, offsets, mask, TYPE)
-    nonfinite = (raw != raw) | (tl.abs(raw) == float("inf"))
-    grad = clamp_value(raw.to(T) * unscale, max_value).to(tl.float64)
-    return grad * grad, nonfinite.to(tl.int32)
+    bits = _magnitude_bits(raw)
+    largest = tl.where(bits > largest, bits, largest)
+    x = clamp_value(raw.to(unscale.dtype) * unscale, max_value)
+    if mask is not None:
+        # A masked zero times an infinite multiplier would be NaN.
+        x = tl.where(mask, x, 0.0)
+    if unscale.dtype == tl.float64:
+        sums += x * x
+    else:
+        # The square is exact in float64, so that fusing changes no bit.
+        wide = x.to(tl.float64)
+        sums = tl.fma(wide, wide, sums)
+    return sums, largest
 
 
 @triton.jit
-def _sum_pairs(pairs_ptr, count, BLOCK: tl.constexpr):
-    """(sum, maximum) of ``count`` pairs that other programs wrote in this launch."""
+def _add_pairs(pairs_ptr, count, BLOCK: tl.constexpr):
+    """(sum, maximum) of ``count`` pairs that other programs wrote in this launch.
+
+    Every BLOCK of them becomes one, in their place, until one is left.
+    """
     lanes = tl.arange(0, BLOCK).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float64)
     flags = tl.zeros([BLOCK], tl.float64)
-    done = count * 0
-    while done < count:
-        mask = done + lanes < count
-        # .cg: from L2, where what another multiprocessor has just written is seen.
-        total += tl.load(pairs_ptr + (done + lanes) * 2, mask=mask, other=0.0, cache_modifier=".cg")
-        flag = tl.load(
-            pairs_ptr + (done + lanes) * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg"
-        )
-        flags = tl.where(flag > flags, flag, flags)
-        done += BLOCK
-    return tl.sum(total, axis=0), tl.max(flags, axis=0)
+    total = tl.full((), 0.0, tl.float64)
+    more = count > 0
+    while more:
+        done = count * 0
+        while done < count:
+            mask = done + lanes < count
+            ptrs = pairs_ptr + (done + lanes) * 2
+            # .cg: from L2, where what another multiprocessor has just written is seen.
+            values = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+            flag = tl.load(ptrs + 1, mask=mask, other=0.0, cache_modifier=".cg")
+            flags = tl.where(flag > flags, flag, flags)
+            total = _add_neighbours(values)
+            if count > BLOCK:
+                tl.store(pairs_ptr + done // BLOCK * 2, total)
+            done += BLOCK
+        tl.debug_barrier()
+        more = count > BLOCK
+        count = (count + BLOCK - 1) // BLOCK
+    return total, tl.max(flags, axis=0)
 
 
 @triton.jit(do_not_specialize=["first", "tensor_count"])
@@ -84,6 +128,8 @@ def reduce_kernel(
     T: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
+    MAX_PIECE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Judges the gradients of the piece ``first`` + program; null gradients count as zeros.
 
@@ -98,15 +144,18 @@ def reduce_kernel(
     group_ptr = groups_ptr + tl.load(row_ptr + GROUP) * GROUP_WORDS
     limits_ptr = group_ptr.to(tl.pointer_type(tl.float64))
     unscale = load_unscale(unscale_ptr, grad_scale_ptr)
-    lanes = tl.arange(0, BLOCK).to(tl.int64)
-    # Each thread folds the elements of one access into one: fewer registers, more accesses in
-    # flight.
-    FOLD: tl.constexpr = 128 // TYPE.primitive_bitwidth
-    squares = tl.zeros([BLOCK // FOLD], tl.float64)
-    flags = tl.zeros([BLOCK // FOLD], tl.int32)
-    edge_lanes = tl.arange(0, EDGE).to(tl.int64)
-    edge_squares = tl.zeros([EDGE], tl.float64)
-    edge_flags = tl.zeros([EDGE], tl.int32)
+    STRIPS: tl.constexpr = BLOCK // STRIP
+    EDGE_STRIPS: tl.constexpr = EDGE // STRIP
+    lanes = tl.arange(0, LANES)[None, :].to(tl.int64)
+    strips = tl.arange(0, STRIPS)[:, None].to(tl.int64)
+    edge_strips = tl.arange(0, EDGE_STRIPS)[:, None].to(tl.int64)
+    BITS: tl.constexpr = tl.int64 if TYPE == tl.float64 else tl.int32
+    INFINITY: tl.constexpr = 0x7FF0000000000000 if TYPE == tl.float64 else 0x7F800000
+    largest = tl.zeros([STRIPS, LANES], BITS)
+    edge_largest = tl.zeros([EDGE_STRIPS, LANES], BITS)
+    # The sums of the piece's blocks, each in the place of its first EDGE elements.
+    places = tl.arange(0, MAX_PIECE // EDGE)
+    nodes = tl.zeros([MAX_PIECE // EDGE], tl.float64)
 
     address = tl.load(grads_ptr + tensor)
     if address != 0:
@@ -118,31 +167,52 @@ def reduce_kernel(
         unmasked = tl.where(aligned, length // BLOCK * BLOCK, 0)
         done = length * 0
         while done < unmasked:
-            index = tl.multiple_of(begin + done, BLOCK) + lanes
-            square, flag = _judge_elements(
-                aligned_ptr, index, None, unscale.to(T), max_value, TYPE, T
-            )
-            squares += tl.sum(tl.reshape(square, [BLOCK // FOLD, FOLD]), axis=1)
-            flags |= tl.max(tl.reshape(flag, [BLOCK // FOLD, FOLD]), axis=1)
+            sums = tl.zeros([STRIPS, LANES], tl.float64)
+            index = tl.multiple_of(begin + done, BLOCK) + strips * STRIP + lanes
+            for row in tl.static_range(STRIP_ROWS):
+                sums, largest = _add_row(
+                    sums,
+                    largest,
+                    aligned_ptr,
+                    index + row * LANES,
+                    None,
+                    unscale.to(T),
+                    max_value,
+                    TYPE,
+                )
+            node = _add_neighbours(tl.reshape(sums, [STRIPS * LANES]))
+            nodes = tl.where(places == done // EDGE, node, nodes)
             done += BLOCK
+        # The rest, and all of other tensors, in blocks so small that this code does not drive up
+        # the registers of the above.
         while done < length:
-            mask = done + edge_lanes < length
-            offsets = begin + done + edge_lanes
-            if layout != 0:
-                offsets = operand_offsets(layout, 1, offsets)
-            square, flag = _judge_elements(ptr, offsets, mask, unscale.to(T), max_value, TYPE, T)
-            # A masked zero times an infinite multiplier would be NaN.
-            edge_squares += tl.where(mask, square, 0.0)
-            edge_flags |= flag
+            sums = tl.zeros([EDGE_STRIPS, LANES], tl.float64)
+            # Of less than a strip not all rows have elements.
+            end = tl.minimum(length - done, STRIP)
+            row = done * 0
+            while row < end:
+                places_in_piece = done + edge_strips * STRIP + row + lanes
+                mask = places_in_piece < length
+                offsets = begin + places_in_piece
+                if layout != 0:
+                    offsets = operand_offsets(layout, 1, offsets)
+                sums, edge_largest = _add_row(
+                    sums, edge_largest, ptr, offsets, mask, unscale.to(T), max_value, TYPE
+                )
+                row += LANES
+            node = _add_neighbours(tl.reshape(sums, [EDGE_STRIPS * LANES]))
+            nodes = tl.where(places == done // EDGE, node, nodes)
             done += EDGE
 
-    found = tl.max(flags, axis=0) | tl.max(edge_flags, axis=0)
-    tl.store(piece_pairs_ptr + piece * 2, tl.sum(squares, axis=0) + tl.sum(edge_squares, axis=0))
+    found = (tl.max(tl.max(largest, axis=1), axis=0) >= INFINITY) | (
+        tl.max(tl.max(edge_largest, axis=1), axis=0) >= INFINITY
+    )
+    tl.store(piece_pairs_ptr + piece * 2, _add_neighbours(nodes))
     tl.store(piece_pairs_ptr + piece * 2 + 1, found.to(tl.float64))
     pieces = tl.load(row_ptr + PIECES)
     if arrive_last(tickets_ptr + 1 + tensor, pieces):
-        sum_squares, nonfinite = _sum_pairs(
-            piece_pairs_ptr + tl.load(row_ptr + FIRST_PIECE) * 2, pieces, EDGE
+        sum_squares, nonfinite = _add_pairs(
+            piece_pairs_ptr + tl.load(row_ptr + FIRST_PIECE) * 2, pieces, PAIRS
         )
         norm = tl.sqrt(sum_squares)
         max_norm = tl.load(limits_ptr + MAX_GRAD_NORM_PER_PARAM)
@@ -155,7 +225,7 @@ def reduce_kernel(
         tl.store(tensor_pairs_ptr + tensor * 2 + 1, nonfinite)
 
         if arrive_last(tickets_ptr, tensor_count):
-            sum_squares, nonfinite = _sum_pairs(tensor_pairs_ptr, tensor_count, EDGE)
+            sum_squares, nonfinite = _add_pairs(tensor_pairs_ptr, tensor_count, PAIRS)
             tl.store(sums_ptr, sum_squares)
             tl.store(sums_ptr + 1, nonfinite)
             if control_ptr is not None:

@@ -4,44 +4,37 @@ What the build left in build/cmake is judged for every architecture in it; where
 older than the sources, the kernels are compiled for one architecture.
 """
 
-import importlib
-import os
+import json
 import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import kernel_costs
 import pytest
 import torch
+from kernel_costs import CSRC, NAMES, ROOT, RULES, functions
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    path for folder in ("cuda", "core", "rules") for path in (ROOT / "csrc" / folder).iterdir()
-]
-RULES = sorted(path.stem for path in (ROOT / "csrc" / "rules").glob("*.h") if path.stem != "common")
+SOURCES = [path for folder in ("cuda", "core", "rules") for path in (CSRC / folder).iterdir()]
 APPLY = "fusedopt_cuda_apply_{}.dir/csrc/cuda/apply.cu.o"
 REDUCE = "fusedopt_cuda.dir/csrc/cuda/reduce.cu.o"
-FLAGS = [
-    *("-std=c++20", "-O3", "-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"),
-    *("-gencode", "arch=compute_90,code=[sm_90,compute_90]", f"-I{ROOT / 'csrc'}"),
-]
+RECORD = ROOT / "benchmarks" / "results" / "kernels_sm_90.json"
 
 
-def find(name, *places):
-    """The path of a program, or a skip that names it."""
-    found = shutil.which(name) or next((p for p in places if p and shutil.which(p)), None)
-    if found is None:
-        pytest.skip(f"{name} is not on this machine")
-    return str(found)
+def or_skip(function, *arguments):
+    """Calls a function of kernel_costs; skips, with its name, for want of a program."""
+    try:
+        return function(*arguments)
+    except kernel_costs.MissingToolError as missing:
+        pytest.skip(f"{missing} is not on this machine")
 
 
-def compile_object(nvcc, source, target, *flags):
-    """Compiles one CUDA source for one architecture."""
-    command = [nvcc, *FLAGS, *flags, "-c", str(ROOT / "csrc" / "cuda" / source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
+def dump(*arguments):
+    """What cuobjdump says of an object file."""
+    return or_skip(kernel_costs.dump, *arguments)
+
+
+def dump_sass(path):
+    """The disassembly for one architecture of those in an object file."""
+    return or_skip(kernel_costs.dump_hopper, path, "--dump-sass")
 
 
 @pytest.fixture(scope="module")
@@ -52,42 +45,10 @@ def objects(tmp_path_factory):
     newest = max(path.stat().st_mtime for path in SOURCES)
     if all(path.exists() and path.stat().st_mtime >= newest for path in paths.values()):
         return paths
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = find("nvcc", os.environ.get("CUDACXX"), "/usr/local/bin/nvcc", f"{home}/bin/nvcc")
-    folder = tmp_path_factory.mktemp("cuda")
-    (folder / "rules_list.inc").write_text("".join(f"FUSEDOPT_RULE({rule})\n" for rule in RULES))
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        jobs = {"reduce": pool.submit(compile_object, nvcc, "reduce.cu", folder / "reduce.o")}
-        for rule in RULES:
-            flags = [f"-DFUSEDOPT_RULE={rule}", f'-DFUSEDOPT_RULE_HEADER="rules/{rule}.h"']
-            target = folder / f"{rule}.o"
-            jobs[rule] = pool.submit(compile_object, nvcc, "apply.cu", target, *flags)
-        return {name: job.result() for name, job in jobs.items()}
+    return or_skip(kernel_costs.compile_all, tmp_path_factory.mktemp("cuda"))
 
 
-def dump(path, *options):
-    """What cuobjdump says of an object file."""
-    wheel = importlib.util.find_spec("triton")
-    folder = Path(wheel.origin).parent / "backends" / "nvidia" / "bin" if wheel else Path()
-    command = [find("cuobjdump", folder / "cuobjdump"), *options, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def dump_sass(path):
-    """The disassembly for one architecture of those in an object file: Hopper's, if it is there."""
-    found = set(re.findall(r"\bsm_\d+a?\b", dump(path, "--list-elf")))
-    return dump(
-        path, "--gpu-architecture", "sm_90" if "sm_90" in found else min(found), "--dump-sass"
-    )
-
-
-def functions(text):
-    """Splits a dump into (name of the kernel, its part)."""
-    parts = re.split(r"\bFunction\s*:?\s+(\S+?):?\s", text)[1:]
-    return list(zip(parts[::2], parts[1::2], strict=True))
-
-
-@pytest.mark.parametrize("name", [*RULES, "reduce"])
+@pytest.mark.parametrize("name", NAMES)
 def test_no_spills(objects, name):
     """Nothing of any kernel lives in local memory, on any architecture."""
     kernels = functions(dump(objects[name], "--dump-resource-usage"))
@@ -120,12 +81,15 @@ def test_wide_loads_of_reduce(objects):
     assert len(re.findall(r"\bLDG\.E\.128", code)) >= 16
 
 
-@pytest.mark.parametrize("name", [*RULES, "reduce"])
+@pytest.mark.parametrize("name", NAMES)
 def test_exact_arithmetic(objects, name):
     """Division and roots are rounded correctly, nothing is contracted or flushed to zero."""
     code = dump(objects[name], "--dump-ptx")
     assert ".entry" in code
-    assert "fma." not in code
+    # Where fused, the product is exact: the square of a float in double, or 0.
+    fused = {"fma.rn.f64", "fma.rn.f32", "fma.rn.f16x2", "fma.rn.bf16x2"}
+    found = set(re.findall(r"\b(?:fma|mad)\.[\w.]*[fx][\w.]*", code))
+    assert found <= (fused if name == "reduce" else set())
     assert ".approx" not in code
     assert ".ftz" not in code
     # SGD divides only once, 1 by the loss scale.
@@ -144,6 +108,44 @@ def test_noted_architectures(objects):
         for name in re.findall(r"\bsm_\d+[af]?\b", dump(objects["sgd"], option))
     ]
     assert sorted(found) == sorted(info.CUDA_CODES)
+
+
+def test_costs_do_not_grow(objects):
+    """No main loop has more instructions than recorded, or fewer bytes under way.
+
+    When they shrink, or grow for a reason: `python tests/kernel_costs.py` and `make report`.
+    """
+    record = {
+        (cost["kernel"], cost["types"]): cost for cost in json.loads(RECORD.read_text())["kernels"]
+    }
+    costs = {(cost.kernel, cost.types): cost for cost in or_skip(kernel_costs.costs, objects)}
+    assert costs.keys() == record.keys()
+    for key, cost in costs.items():
+        # Room for what another compiler of the same generation does differently.
+        assert cost.instructions <= 1.03 * record[key]["instructions"], key
+        assert cost.blocks >= record[key]["blocks"], key
+        assert cost.kilobytes >= record[key]["kilobytes"], key
+
+
+def test_costs_of_a_known_loop():
+    """Counts a loop made up for the purpose: the short way, without the slow way around."""
+    lines = [
+        "LDG.E.128 R4, desc[UR4][R2.64]",
+        "@P0 BRA 0x30",
+        "LDG.E.128 R8, desc[UR4][R2.64+0x10]",
+        "F2F.F64.F32 R12, R4",
+        "@!P1 BRA 0x60",
+        "CALL.REL.NOINC 0x200",
+        "STG.E.128 desc[UR4][R2.64], R8",
+        "@P2 BRA 0x0",
+        "EXIT",
+    ]
+    code = "".join(f"/*{16 * i:04x}*/ {line} ;\n" for i, line in enumerate(lines))
+    (path,) = kernel_costs.main_loops(kernel_costs.parse(code))
+    assert [each.address // 16 for each in path] == [0, 1, 2, 3, 4, 6, 7]
+    assert kernel_costs.bytes_under_way(path) == 32
+    assert kernel_costs.H200.blocks(64) == 4
+    assert kernel_costs.H200.blocks(65) == 3
 
 
 def test_library_without_a_driver():

@@ -18,9 +18,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     )
 
 import triton_tools
+from fusedopt.kernels import launch
 from fusedopt.kernels.groups import GroupRow
 from fusedopt.kernels.layout import layout_words
-from fusedopt.kernels.pieces import BLOCK, Row
+from fusedopt.kernels.pieces import BLOCK, MIN_PIECE, Row
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -37,6 +38,7 @@ def make_tables(
             0,
             (),
             0,
+            F32,
             layouts[i] if layouts else (),
             grad.numel(),
             groups[i] if groups else 0,
@@ -161,3 +163,21 @@ def test_strided_and_misaligned_gradients():
     tables = make_tables([view, shifted], layouts=[layout, ()])
     tables.reduce()
     assert tables.sums.tolist() == [4.0 * view.numel() + shifted.numel(), 0.0]
+
+
+def test_more_partial_results_than_fit_at_once(monkeypatch):
+    """Many pieces and many tensors are added up in several rounds, in the same order."""
+    torch.manual_seed(2)
+    many = [torch.randn(7 * MIN_PIECE + 5), *(torch.randn(1 + i % 5) for i in range(20))]
+    tables = make_tables(many)
+    tables.reduce()
+    expected = tables.sums.clone()
+    torch.testing.assert_close(
+        expected[0], sum(grad.double().square().sum() for grad in many), rtol=1e-14, atol=0
+    )
+    monkeypatch.setattr(launch, "PAIRS", 4)
+    tables = make_tables(many)
+    for _ in range(2):
+        tables.reduce()
+        assert torch.equal(tables.sums, expected)
+        assert not tables._tickets.any()

@@ -16,9 +16,17 @@ FUSEDOPT_NUMBERS_HD double clip_coefficient(double norm, double max_norm) {
   return coefficient > 1.0 ? 1.0 : coefficient;
 }
 
-// x limited to [-limit, limit]; NaN comes through.
+// x limited to [-limit, limit]; NaN comes through. GPUs have an instruction for each comparison of
+// floats that lets it.
 template <typename T>
 FUSEDOPT_NUMBERS_HD T clamp_value(T x, T limit) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == sizeof(float)) {
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(limit));
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-limit));
+    return x;
+  }
+#endif
   x = x > limit ? limit : x;
   return x < -limit ? -limit : x;
 }
@@ -35,6 +43,13 @@ struct GradTransform {
 
   FUSEDOPT_NUMBERS_HD T operator()(T grad) const {
     return clamp_value(grad * unscale, max_value) * param_clip * global_clip;
+  }
+
+  // The same where nothing clamps; and whether that does anything.
+  FUSEDOPT_NUMBERS_HD T scaled(T grad) const { return grad * unscale * param_clip * global_clip; }
+  FUSEDOPT_NUMBERS_HD bool clamps() const { return max_value != T(INFINITY); }
+  FUSEDOPT_NUMBERS_HD bool scales() const {
+    return unscale != T(1) || param_clip != T(1) || global_clip != T(1);
   }
 };
 

@@ -8,6 +8,9 @@
 
 namespace fusedopt::cpu {
 
+// How many elements of a tensor make one piece.
+constexpr int32_t kPieceLength = 16 * 1024;
+
 // One pass over a table. Pieces are grouped into tasks of about equal work; task i is [tasks[i],
 // tasks[i + 1]).
 struct Job {

@@ -48,11 +48,6 @@ struct Operand {
   int index;  // among the operands of a row
 };
 
-// How many elements a loop takes at once: the whole piece where nothing is staged.
-inline int block_length(bool staged, int64_t remaining) {
-  return static_cast<int>(staged ? std::min<int64_t>(kBlock, remaining) : remaining);
-}
-
 template <typename T>
 Operand<T> grad_operand(const TensorRow& row) {
   return {const_cast<void*>(row.grad), row.grad_type, row.layout, 1};

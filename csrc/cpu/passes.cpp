@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "core/control.h"
+#include "core/sum_order.h"
 #include "cpu/instruction_sets.h"
 
 namespace fusedopt::cpu {
@@ -64,26 +65,28 @@ double reduce(Job& job, std::vector<double>& param_clips, int threads) {
   param_clips.assign(clips ? table.tensor_count : 0, 1.0);
   job.param_clips = clips ? param_clips.data() : nullptr;
 
-  double total = 0.0;
+  // By tensor, and by piece of one tensor.
+  std::vector<double> totals(table.tensor_count, 0.0);
+  std::vector<double> sums;
   int64_t nonfinite = 0;
   for (int64_t i = 0; i < table.piece_count;) {
     const int32_t tensor = table.pieces[i].tensor;
     const TensorRow& row = table.tensors[tensor];
-    double sum = 0.0;
+    sums.clear();
     for (; i < table.piece_count && table.pieces[i].tensor == tensor; ++i) {
       if (row.grad == nullptr) continue;
-      sum += job.partials[i].sum_squares;
+      sums.push_back(job.partials[i].sum_squares);
       nonfinite |= job.partials[i].nonfinite;
     }
-    if (clips) {
-      const double norm = std::sqrt(sum);
-      param_clips[tensor] = clip_coefficient(norm, table.groups[row.group].max_grad_norm_per_param);
-      sum = (norm * param_clips[tensor]) * (norm * param_clips[tensor]);
-    }
-    total += sum;
+    double& total = totals[tensor] = add_neighbours(sums.data(), sums.size());
+    const double max_norm = table.groups[row.group].max_grad_norm_per_param;
+    if (max_norm == INFINITY) continue;
+    const double norm = std::sqrt(total);
+    param_clips[tensor] = clip_coefficient(norm, max_norm);
+    total = (norm * param_clips[tensor]) * (norm * param_clips[tensor]);
   }
   job.control.nonfinite = nonfinite != 0 ? 1.0 : 0.0;
-  return total;
+  return add_neighbours(totals.data(), table.tensor_count);
 }
 
 void settle(StepControl& control, double sum_squares, const StepInputs& inputs) {

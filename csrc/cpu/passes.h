@@ -32,9 +32,6 @@ void apply(Job& job, size_t rule, int threads);
 // Cuts [0, piece_count) into tasks of about equal work.
 std::vector<int64_t> cut_tasks(const std::vector<Piece>& pieces);
 
-// How many elements of a tensor make one piece.
-constexpr int32_t kPieceLength = 16 * 1024;
-
 // The instruction sets that this machine can run, best first, the chosen one, and the choice by
 // name (for tests).
 std::vector<std::string> instruction_sets();

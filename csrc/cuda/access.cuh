@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "core/control.h"
 #include "cuda/kernels.h"
 #include "cuda/memory.cuh"
 #include "rules/common.h"
@@ -29,6 +30,12 @@ struct ApplyTypes {
   // without momentum) to 80 bytes (AMSGrad) have 32 to 80 KB.
   static constexpr int kVector =
       kAccessBytes / static_cast<int>(std::min({sizeof(Param), sizeof(Grad), sizeof(State)}));
+  // Values of the compute type that an access holds, and blocks that a multiprocessor shall hold:
+  // as many as there are registers for.
+  static constexpr int kRegisters = kVector * (2 + kStates);
+  static constexpr int kBlocks = kStates == 0                                           ? 5
+                                 : kRegisters <= 16 && sizeof(Compute) == sizeof(float) ? 4
+                                                                                        : 3;
 };
 
 // The values of one access on their way through registers.
@@ -39,18 +46,32 @@ struct Elements {
   T grad[Types::kVector];
   T state[Types::kStateArray][Types::kVector];
 
-  // The constants stand in shared memory.
-  template <typename Constants, typename Transform>
-  FUSEDOPT_DEVICE void update(const Constants& constants, const Transform& transform) {
+  // `numbers` stand in shared memory.
+  template <typename Numbers>
+  FUSEDOPT_DEVICE void update(const Numbers& numbers) {
+    transform(numbers.transform, numbers.clamps, numbers.scales);
 #pragma unroll
     for (int i = 0; i < Types::kVector; ++i) {
       T own[Types::kStateArray];
 #pragma unroll
       for (int k = 0; k < Types::kStates; ++k) own[k] = state[k][i];
       reread_shared_memory();
-      Types::Rule::template update<Types::kVariant>(constants, param[i], transform(grad[i]), own);
+      Types::Rule::template update<Types::kVariant>(numbers.constants, param[i], grad[i], own);
 #pragma unroll
       for (int k = 0; k < Types::kStates; ++k) state[k][i] = own[k];
+    }
+  }
+
+ private:
+  // Leaves out what changes nothing.
+  FUSEDOPT_DEVICE void transform(const GradTransform<T>& transform, int clamps, int scales) {
+    reread_shared_memory();
+    if (clamps) {
+#pragma unroll
+      for (T& x : grad) x = transform(x);
+    } else if (scales) {
+#pragma unroll
+      for (T& x : grad) x = transform.scaled(x);
     }
   }
 };
@@ -86,6 +107,19 @@ class PieceAccess {
   }
 
   FUSEDOPT_DEVICE int count() const { return count_; }
+
+  // Asks for about what this thread will read first, if rows are dense, before anything is known of
+  // alignment; needs no registers afterwards.
+  FUSEDOPT_DEVICE static void prefetch(const TensorRow& row, const void* grad, const Piece& piece) {
+    const int at = threadIdx.x * Types::kVector;
+    if (row.layout != nullptr || grad == nullptr || at >= piece.length) return;
+    prefetch_line(static_cast<const Param*>(row.param) + piece.begin + at);
+    prefetch_line(static_cast<const typename Types::Grad*>(grad) + piece.begin + at);
+#pragma unroll
+    for (int k = 0; k < Types::kStates; ++k) {
+      prefetch_line(static_cast<const State*>(row.state[k]) + piece.begin + at);
+    }
+  }
 
   // Reads the elements of access i; those that it does not have stay as they are.
   FUSEDOPT_DEVICE void load(int i, Elements<Types>& to) const {

@@ -19,7 +19,8 @@ struct PieceNumbers {
   using T = typename Types::Compute;
   typename Types::Rule::template Constants<T> constants;
   GradTransform<T> transform;
-  bool last_block;
+  int clamps;
+  int scales;
 };
 
 template <typename Types>
@@ -41,8 +42,7 @@ FUSEDOPT_DEVICE GradTransform<T> make_transform(const ApplyParams& params, const
           T(given ? params.control->clip : 1.0)};
 }
 
-// Once the last block holds its ticket every block has read its counter, so that block may advance
-// them all.
+// By the block that came last, for all.
 FUSEDOPT_DEVICE void advance_counters(const ApplyParams& params) {
   for (int64_t i = threadIdx.x; i < params.row_count; i += kThreads) {
     const int32_t tensor = params.rows[i];
@@ -51,7 +51,7 @@ FUSEDOPT_DEVICE void advance_counters(const ApplyParams& params) {
 }
 
 template <typename Types>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, Types::kBlocks)
     apply_kernel(const __grid_constant__ ApplyParams params) {
   using T = typename Types::Compute;
   const bool skip =
@@ -61,31 +61,47 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   if (skip) return;
 
-  // A launch whose tensors are all empty has one block and no piece.
+  // A launch whose tensors are all empty has one block and no piece. After a reduce pass the pieces
+  // are taken backwards: the gradients that were read last are still in the second-level cache.
   const bool has_piece = blockIdx.x < params.piece_count;
-  const Piece piece = has_piece ? params.pieces[blockIdx.x] : Piece{0, 0, params.rows[0]};
+  const int64_t index =
+      params.control != nullptr ? params.piece_count - 1 - blockIdx.x : int64_t{blockIdx.x};
+  const Piece piece = has_piece ? params.pieces[index] : Piece{0, 0, params.rows[0]};
   const TensorRow& row = params.table.tensors[piece.tensor];
+  PieceAccess<Types>::prefetch(row, params.table.grads[piece.tensor], piece);
 
   alignas(PieceNumbers<Types>) __shared__ unsigned char shared[sizeof(PieceNumbers<Types>)];
-  PieceNumbers<Types>& numbers = reinterpret_cast<PieceNumbers<Types>&>(shared);
+  auto* address = reinterpret_cast<PieceNumbers<Types>*>(shared);
+  // With three states of 8 elements there is no register left for it.
+  if constexpr (Types::kRegisters < 40) address = hold_shared_address(address);
+  PieceNumbers<Types>& numbers = *address;
   if (threadIdx.x == 0) {
     const GroupRow& group = params.table.groups[row.group];
-    const double step = next_step(row);
-    new (shared) PieceNumbers<Types>{make_constants<Types>(group, step),
-                                     make_transform<T>(params, group, piece.tensor),
-                                     take_last_ticket(params.ticket, gridDim.x)};
+    const GradTransform<T> transform = make_transform<T>(params, group, piece.tensor);
+    new (shared) PieceNumbers<Types>{make_constants<Types>(group, next_step(row)), transform,
+                                     transform.clamps(), transform.scales()};
   }
   __syncthreads();
-  if (numbers.last_block) advance_counters(params);
 
   const PieceAccess<Types> access(row, params.table.grads[piece.tensor], piece);
+  uint32_t ticket = 0;
+  if (threadIdx.x == 0) ticket = add_acquire_release(params.ticket, 1u);
 #pragma unroll 1
   for (int i = threadIdx.x; i < access.count(); i += kThreads) {
     Elements<Types> elements = {};
     access.load(i, elements);
-    elements.update(numbers.constants, numbers.transform);
+    elements.update(numbers);
     access.store(i, elements);
   }
+
+  // The counters advance when every block has read its own.
+  __shared__ bool last_block;
+  if (threadIdx.x == 0) {
+    last_block = ticket + 1 == gridDim.x;
+    if (last_block) *params.ticket = 0;
+  }
+  __syncthreads();
+  if (last_block) advance_counters(params);
 }
 
 }  // namespace fusedopt::cuda

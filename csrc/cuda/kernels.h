@@ -8,6 +8,8 @@ namespace fusedopt::cuda {
 
 // Threads of a block, in every kernel.
 constexpr int kThreads = 256;
+// Elements of the longest piece.
+constexpr int kLongestPiece = 64 * 1024;
 
 // The device's copy of a table. What changes from step to step stands apart from the rows, so that
 // it travels in one copy.
@@ -43,7 +45,8 @@ struct ReduceParams {
   StepInputs inputs;
   double max_grad_norm;
   bool skip_nonfinite;
-  Partial* partials;         // by piece
+  bool clamps;               // whether any group limits values
+  Partial* partials;         // by piece; at least as many as tensors
   Partial* tensor_totals;    // by tensor: (norm x coefficient)^2; zero where there are no pieces
   double* clips;             // by tensor
   uint32_t* tensor_tickets;  // 0 between launches

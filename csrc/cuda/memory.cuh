@@ -34,6 +34,25 @@ FUSEDOPT_DEVICE Pointed* in_global_memory(Pointed* p) {
   return p;
 }
 
+// Keeps a pointer to shared memory in a register: left to itself, the compiler works out where
+// shared memory begins anew for every access.
+template <typename Pointed>
+FUSEDOPT_DEVICE Pointed* hold_shared_address(Pointed* p) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(p));
+  __builtin_assume(__isShared(p));
+#endif
+  return p;
+}
+
+// Brings what stands there to the second-level cache, without waiting for it and without a
+// register.
+FUSEDOPT_DEVICE void prefetch_line([[maybe_unused]] const void* at) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(at)));
+#endif
+}
+
 #ifdef FUSEDOPT_NATIVE_HALVES
 FUSEDOPT_DEVICE float widen_native(Float16 x) {
   float result;
@@ -50,6 +69,19 @@ FUSEDOPT_DEVICE uint32_t narrow_pair(float low, float high, Float16) {
 FUSEDOPT_DEVICE uint32_t narrow_pair(float low, float high, BFloat16) {
   uint32_t result;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// a * b + c of two halves each.
+FUSEDOPT_DEVICE uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c, Float16) {
+  uint32_t result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+FUSEDOPT_DEVICE uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c, BFloat16) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
 #endif
@@ -84,19 +116,27 @@ FUSEDOPT_DEVICE void store_single(Storage* to, T from) {
   *in_global_memory(to) = to_storage<Storage>(from);
 }
 
+FUSEDOPT_DEVICE uint4 load_raw(const void* from) {
+  return *in_global_memory(static_cast<const uint4*>(from));
+}
+
+// The elements of 16 bytes.
+template <typename Storage, typename T>
+FUSEDOPT_DEVICE void unpack(const uint4& raw, T* to) {
+  constexpr int kEach = kAccessBytes / sizeof(Storage);
+  Storage values[kEach];
+  memcpy(values, &raw, sizeof(raw));
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) to[i] = from_storage<T>(values[i]);
+}
+
 // kCount elements from an address that is a multiple of 16 bytes.
 template <typename Storage, int kCount, typename T>
 FUSEDOPT_DEVICE void load_vector(const Storage* from, T (&to)[kCount]) {
   constexpr int kEach = kAccessBytes / sizeof(Storage);
   static_assert(kCount % kEach == 0);
 #pragma unroll
-  for (int access = 0; access < kCount / kEach; ++access) {
-    const uint4 raw = in_global_memory(reinterpret_cast<const uint4*>(from))[access];
-    Storage values[kEach];
-    memcpy(values, &raw, sizeof(raw));
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) to[access * kEach + i] = from_storage<T>(values[i]);
-  }
+  for (int at = 0; at < kCount; at += kEach) unpack<Storage>(load_raw(from + at), to + at);
 }
 
 template <typename Storage, int kCount, typename T>

@@ -1,5 +1,6 @@
 // The device's copy of a table and the two passes over it.
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <vector>
 
@@ -30,6 +31,8 @@ class DevicePlan::Impl {
       : Impl(cut_launches(rule, table), table, allocate, stream) {}
 
   bool update(const TensorRow* tensors, const GroupRow* groups, cudaStream_t stream) {
+    clamps_ = std::any_of(groups, groups + group_count_,
+                          [](const GroupRow& group) { return group.max_grad_value != INFINITY; });
     const bool captured = live_.update(tensors, groups, stream);
     if (captured) keep_memory();
     return captured;
@@ -41,7 +44,10 @@ class DevicePlan::Impl {
 
   void apply(const ApplyRequest& request, cudaStream_t stream) {
     StepControl* record = request.control_given ? nullptr : request.control;
-    for (const Launch& launch : launches_) {
+    // After a reduce pass backwards, as the kernel takes the pieces: the gradients that were read
+    // last are still in the second-level cache.
+    for (size_t i = 0; i < launches_.size(); ++i) {
+      const Launch& launch = launches_[request.control_given ? launches_.size() - 1 - i : i];
       const auto rows = host_rows_.begin() + launch.first_row;
       if (std::none_of(rows, rows + launch.row_count,
                        [&](int32_t row) { return live_.has_grad(row); })) {
@@ -71,6 +77,7 @@ class DevicePlan::Impl {
       : launches_(std::move(cut.launches)),
         host_rows_(std::move(cut.rows)),
         tensor_count_(table.tensor_count),
+        group_count_(table.group_count),
         piece_count_(static_cast<int64_t>(cut.pieces.size())),
         filled_count_(std::count_if(cut.piece_counts.begin(), cut.piece_counts.end(),
                                     [](int64_t count) { return count > 0; })),
@@ -93,7 +100,7 @@ class DevicePlan::Impl {
     const size_t pieces = image.add(cut.pieces);
     const size_t first_piece = image.add(cut.first_piece);
     const size_t piece_counts = image.add(cut.piece_counts);
-    const size_t partials = image.add_zeros<Partial>(piece_count_);
+    const size_t partials = image.add_zeros<Partial>(std::max(piece_count_, tensor_count_));
     const size_t tensor_totals = image.add_zeros<Partial>(tensor_count_);
     const size_t clips = image.add_zeros<double>(tensor_count_);
     const size_t tickets = image.add_zeros<uint32_t>(2 + tensor_count_);
@@ -145,6 +152,7 @@ class DevicePlan::Impl {
     params.inputs = request.inputs;
     params.max_grad_norm = request.max_grad_norm;
     params.skip_nonfinite = request.skip_nonfinite;
+    params.clamps = clamps_;
     params.partials = partials_;
     params.tensor_totals = tensor_totals_;
     params.clips = clips_;
@@ -166,8 +174,10 @@ class DevicePlan::Impl {
   std::vector<Launch> launches_;
   std::vector<int32_t> host_rows_;
   int64_t tensor_count_;
+  int64_t group_count_;
   int64_t piece_count_;
   int64_t filled_count_;
+  bool clamps_ = false;  // whether a group of this step limits values
   LiveTable live_;
   Memory memory_;  // of all that follows
   bool kept_ = false;

@@ -1,106 +1,85 @@
 // The reduce pass: reads every gradient once. The last block of each tensor turns its partial sums
 // into its norm and clip coefficient; the last tensor's adds up the total and writes the step
-// control. No floating-point atomics: every sum has one order.
+// control. No floating-point atomics: everything is added up in the order of core/sum_order.h.
 #include "core/control.h"
 #include "cuda/block.cuh"
 #include "cuda/kernels.h"
+#include "cuda/squares.cuh"
 
 namespace fusedopt::cuda {
 namespace {
 
-// Vectors in flight for each thread: 64 bytes, as in the apply pass (access.cuh).
-constexpr int kVectorsInFlight = 4;
-
-// What one thread, then one block, then one tensor has found.
+// What one block, then one tensor has found.
 struct Found {
   double sum_squares = 0.0;
   int nonfinite = 0;
-
-  template <typename T>
-  FUSEDOPT_DEVICE void add(T raw, T unscale, T max_value) {
-    nonfinite |= raw - raw != T(0);  // inf - inf and nan - nan are nan
-    const double x = static_cast<double>(clamp_value(raw * unscale, max_value));
-    sum_squares += x * x;
-  }
-
-  // Returns to all threads what all of them have found.
-  FUSEDOPT_DEVICE Found over_block() const {
-    return {block_sum(sum_squares), __syncthreads_or(nonfinite)};
-  }
 };
 
+// What the block finds in a piece of a gradient, for all threads.
 template <typename Storage>
-FUSEDOPT_DEVICE Found reduce_elements(const void* base, const int64_t* layout, const Piece& piece,
-                                      double unscale_, double max_value_) {
-  using T = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
-  constexpr int kVector = kAccessBytes / sizeof(Storage);
-  const T unscale = T(unscale_);
-  const T max_value = T(max_value_);
+FUSEDOPT_DEVICE Found reduce_grad(const void* grad, const TensorRow& row, const Piece& piece,
+                                  const ReduceParams& params, double unscale, double* sums) {
+  const Storage* const elements = static_cast<const Storage*>(grad);
+  bool nonfinite;
+  if (params.clamps) {
+    Squares<Storage> squares(unscale, params.table.groups[row.group].max_grad_value, sums);
+    squares.template add<true>(elements, row.layout, piece);
+    nonfinite = squares.nonfinite();
+  } else {
+    Squares<Storage> squares(unscale, INFINITY, sums);
+    squares.template add<false>(elements, row.layout, piece);
+    nonfinite = squares.nonfinite();
+  }
+  const int any_nonfinite = __syncthreads_or(nonfinite);
   const int thread = threadIdx.x;
-  const Storage* grad = static_cast<const Storage*>(base);
-  Found found;
-  if (layout != nullptr) {
-    for (int i = thread; i < piece.length; i += kThreads) {
-      int64_t offsets[2];
-      strided_offsets(layout, piece.begin + i, offsets);
-      found.add(from_storage<T>(grad[offsets[1]]), unscale, max_value);
-    }
-    return found;
-  }
-  grad += piece.begin;
-  const int head = min(elements_to_alignment(grad), piece.length);
-  const int vectors = (piece.length - head) / kVector;
-  for (int v = thread; v < vectors; v += kThreads * kVectorsInFlight) {
-    T values[kVectorsInFlight][kVector];
-#pragma unroll
-    for (int u = 0; u < kVectorsInFlight; ++u) {
-      const int at = v + u * kThreads;
-      if (at < vectors) load_vector(grad + head + at * kVector, values[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kVectorsInFlight; ++u) {
-      if (v + u * kThreads >= vectors) break;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) found.add(values[u][i], unscale, max_value);
-    }
-  }
-  // The elements before and after the vectors are fewer than two vectors, so a thread has at most
-  // one.
-  const int edges = piece.length - vectors * kVector;
-  if (thread < edges) {
-    const int at = thread < head ? thread : thread + vectors * kVector;
-    found.add(from_storage<T>(grad[at]), unscale, max_value);
-  }
-  return found;
+  return {add_over_block(thread * kGranule < piece.length ? sums[thread] : 0.0), any_nonfinite};
 }
 
-FUSEDOPT_DEVICE Found reduce_piece(const ReduceParams& params, const Piece& piece) {
+// The same for a gradient of any type; nothing without one.
+FUSEDOPT_DEVICE Found reduce_piece(const ReduceParams& params, const Piece& piece, double unscale) {
   const TensorRow& row = params.table.tensors[piece.tensor];
   const void* grad = params.table.grads[piece.tensor];
   if (grad == nullptr) return {};
-  const double unscale = read_unscale(params.inputs);
-  const double max_value = params.table.groups[row.group].max_grad_value;
+  static_assert(kLongestPiece <= kThreads * kGranule);
+  __shared__ double sums[kThreads];
   switch (row.grad_type) {
     case DType::kFloat32:
-      return reduce_elements<float>(grad, row.layout, piece, unscale, max_value);
+      return reduce_grad<float>(grad, row, piece, params, unscale, sums);
     case DType::kFloat64:
-      return reduce_elements<double>(grad, row.layout, piece, unscale, max_value);
+      return reduce_grad<double>(grad, row, piece, params, unscale, sums);
     case DType::kFloat16:
-      return reduce_elements<Float16>(grad, row.layout, piece, unscale, max_value);
+      return reduce_grad<Float16>(grad, row, piece, params, unscale, sums);
     case DType::kBFloat16:
-      return reduce_elements<BFloat16>(grad, row.layout, piece, unscale, max_value);
+      return reduce_grad<BFloat16>(grad, row, piece, params, unscale, sums);
   }
   return {};
 }
 
-// Adds up partial results, one thread every kThreads-th of them.
-FUSEDOPT_DEVICE Found add_partials(const Partial* partials, int64_t begin, int64_t end) {
-  Found found;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    found.sum_squares += __ldcg(&partials[i].sum_squares);
-    found.nonfinite |= __ldcg(&partials[i].nonfinite) != 0;
+// Adds up partial results, neighbours first, for all threads. Where a block cannot do so at once,
+// the sums of runs go to `scratch`, which may be the partial results themselves.
+FUSEDOPT_DEVICE Found add_partials(const Partial* partials, int64_t count, Partial* scratch) {
+  constexpr int kEach = 8;
+  constexpr int kRun = kEach * kThreads;
+  int nonfinite = 0;
+  for (;;) {
+    double sum = 0.0;
+    for (int64_t begin = 0; begin < count; begin += kRun) {
+      double own[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int64_t at = begin + int(threadIdx.x) * kEach + i;
+        own[i] = at < count ? __ldcg(&partials[at].sum_squares) : 0.0;
+        nonfinite |= at < count && __ldcg(&partials[at].nonfinite) != 0;
+      }
+      sum = add_over_block(((own[0] + own[1]) + (own[2] + own[3])) +
+                           ((own[4] + own[5]) + (own[6] + own[7])));
+      if (count > kRun && threadIdx.x == 0) scratch[begin / kRun] = Partial{sum, nonfinite};
+    }
+    nonfinite = __syncthreads_or(nonfinite);
+    if (count <= kRun) return {sum, nonfinite};
+    partials = scratch;
+    count = (count + kRun - 1) / kRun;
   }
-  return found.over_block();
 }
 
 // Leaves the tensor's clip coefficient, and its part in the total.
@@ -138,10 +117,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     reduce_kernel(const __grid_constant__ ReduceParams params) {
   __shared__ bool last;
   if (params.piece_count > 0) {
+    const double unscale = read_unscale(params.inputs);
     const Piece piece = params.pieces[blockIdx.x];
     const int64_t begin = params.first_piece[piece.tensor];
     const int64_t count = params.piece_counts[piece.tensor];
-    Found found = reduce_piece(params, piece).over_block();
+    Found found = reduce_piece(params, piece, unscale);
     if (count > 1) {
       if (threadIdx.x == 0) {
         params.partials[blockIdx.x] = Partial{found.sum_squares, found.nonfinite};
@@ -149,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
       __syncthreads();
       if (!last) return;
-      found = add_partials(params.partials, begin, begin + count);
+      found = add_partials(params.partials + begin, count, params.partials + begin);
     }
     if (threadIdx.x == 0) {
       finish_tensor(params, piece.tensor, found);
@@ -158,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     __syncthreads();
     if (!last) return;
   }
-  const Found total = add_partials(params.tensor_totals, 0, params.tensor_count);
+  const Found total = add_partials(params.tensor_totals, params.tensor_count, params.partials);
   if (threadIdx.x == 0) finish_step(params, total);
 }
 

@@ -25,7 +25,7 @@ GroupRow make_group(double lr) {
 Sgd make_problem(int tensors) {
   std::vector<TensorSpec> specs;
   for (int i = 0; i < tensors; ++i) specs.push_back({10 + i, cuda::kTypeCombos[0], i % 2});
-  Sgd problem(1, {make_group(0.1), make_group(0.2)}, specs, 64);
+  Sgd problem(1, {make_group(0.1), make_group(0.2)}, specs, 128);
   problem.fill(1);
   return problem;
 }
@@ -248,12 +248,12 @@ void test_nothing_to_do() {
     expect(control.skip == 0.0 && control.norm == 0.0 && control.clip == 1.0,
            "nothing to do: norm");
 
-    Sgd empty(1, {make_group(0.1)}, {{0, cuda::kTypeCombos[0]}}, 64);
+    Sgd empty(1, {make_group(0.1)}, {{0, cuda::kTypeCombos[0]}}, 128);
     cuda::DevicePlan empty_plan(kSgd, 1, empty.table(), device_memory, 0);
     step(empty_plan, empty, control);
     step(empty_plan, empty, control);
     expect(empty.tensors[0].step == 2.0f, "nothing to do: an empty tensor's counter advances");
-    Sgd none(1, {}, {}, 64);
+    Sgd none(1, {}, {}, 128);
     cuda::DevicePlan none_plan(kSgd, 1, none.table(), device_memory, 0);
     step(none_plan, none, control);
   }
@@ -268,6 +268,8 @@ void test_piece_length() {
   };
   expect(length(0, 0, kH200) == 1024, "piece length: nothing");
   expect(length(64 << 10, 1, kH200) == 1024, "piece length: little work is cut small");
+  expect(length(1 << 20, 1, kH200) == 1024, "piece length: 1 Mi does not fill the GPU");
+  expect(length(4 << 20, 1, kH200) == 4096, "piece length: 4 Mi does");
   expect(length(64 << 20, 1, kH200) == 8192, "piece length: 64 Mi in one tensor");
   expect(length(124 << 20, 148, kH200) == 16384, "piece length: GPT-2");
   expect(length(int64_t{8} << 30, 300, kH200) == 65536, "piece length: much work");
@@ -280,8 +282,8 @@ void test_piece_length() {
              "piece length: limits");
       expect(chosen == 65536 || elements / chosen <= 64 * multiprocessors,
              "piece length: too many pieces");
-      expect(chosen == 1024 || elements / chosen >= 31 * multiprocessors,
-             "piece length: too few pieces");
+      const int fewest = chosen > 4096 ? 31 : chosen > 1024 ? 4 : 0;
+      expect(elements / chosen >= fewest * multiprocessors, "piece length: too few pieces");
     }
   }
   setenv("FUSEDOPT_PIECE_LENGTH", "2048", 1);

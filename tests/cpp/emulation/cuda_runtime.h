@@ -33,6 +33,7 @@ inline dim3 gridDim;
 
 void __syncthreads();
 int __syncthreads_or(int predicate);
+double __shfl_xor_sync(unsigned mask, double value, int distance);  // all threads of a warp
 inline void __threadfence() {}
 inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
   const uint32_t old = *address;

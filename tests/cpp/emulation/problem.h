@@ -14,6 +14,7 @@
 
 #include "core/control.h"
 #include "core/rule_info.h"
+#include "core/sum_order.h"
 #include "cuda/runtime.h"
 #include "cuda/types.h"
 #include "rules/common.h"
@@ -223,23 +224,22 @@ class Problem {
     }
   }
 
-  // The control block that a step must leave. Keeps the coefficients of the parameters' own norms,
-  // which are exact, for reference_update; norm and clip depend on the order of the sum in their
-  // last bits.
+  // The control block that a step must leave. Keeps the coefficients of the parameters' own norms
+  // for reference_update.
   StepControl reference_control(const StepRequest& request) {
     StepControl control{};
     control.unscale = request.grad_scale ? 1.0 / *request.grad_scale : 1.0;
     control.clip = 1.0;
     clips_.assign(rows.size(), 1.0);
     if (request.reduce) {
-      double total = 0.0;
+      std::vector<double> totals(rows.size());
       for (size_t i = 0; i < rows.size(); ++i) {
         if (rows[i].grad == nullptr) continue;
-        total += tensors[i].spec.types.param == DType::kFloat64
-                     ? reduce_tensor<double>(i, control, clips_[i])
-                     : reduce_tensor<float>(i, control, clips_[i]);
+        totals[i] = tensors[i].spec.types.param == DType::kFloat64
+                        ? reduce_tensor<double>(i, control, clips_[i])
+                        : reduce_tensor<float>(i, control, clips_[i]);
       }
-      control.norm = std::sqrt(total);
+      control.norm = std::sqrt(add_neighbours(totals.data(), totals.size()));
       if (request.max_grad_norm) {
         control.clip = clip_coefficient(control.norm, *request.max_grad_norm);
       }
@@ -294,13 +294,14 @@ class Problem {
   double reduce_tensor(size_t i, StepControl& control, double& clip) {
     const Tensor& tensor = tensors[i];
     const GroupRow& group = groups[tensor.spec.group];
-    double sum = 0.0;
+    std::vector<double> lanes((tensor.spec.numel + kStrip - 1) / kStrip * kLanes);
     for (int64_t e = 0; e < tensor.spec.numel; ++e) {
       const T raw = static_cast<T>(tensor.reference[1].get(tensor.offset(e, 1)));
       if (!std::isfinite(raw)) control.nonfinite = 1.0;
       const double x = clamp_value(raw * T(control.unscale), T(group.max_grad_value));
-      sum += x * x;
+      lanes[e / kStrip * kLanes + e % kLanes] += x * x;
     }
+    const double sum = add_neighbours(lanes.data(), lanes.size());
     if (group.max_grad_norm_per_param == INFINITY) return sum;
     const double norm = std::sqrt(sum);
     clip = clip_coefficient(norm, group.max_grad_norm_per_param);
