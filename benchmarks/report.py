@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import kernel_tables
 import plots
 from records import TORCH, Cell, Machine, Record, best, load, load_committed, speed_up
 from targets import targets_of
@@ -190,19 +191,21 @@ def page_block(machines: list[Machine]) -> str:
     return "\n\n".join(parts)
 
 
-def insert(path: Path, block: str) -> bool:
+def insert(path: Path, block: str, begin: str = BEGIN, end: str = END) -> bool:
     """Writes a block between the markers of a page; returns whether the page has them."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if BEGIN not in text or END not in text:
+    if begin not in text or end not in text:
         return False
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{block}\n\n{END}{after}", encoding="utf-8")
+    before, rest = text.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    path.write_text(f"{before}{begin}\n\n{block}\n\n{end}{after}", encoding="utf-8")
     return True
 
 
 def write_all() -> None:
     """Writes pages and plots from the records under ``benchmarks/results``."""
+    page = ROOT / "docs" / "performance.md"
+    insert(page, kernel_tables.kernel_table(), kernel_tables.BEGIN, kernel_tables.END)
     machines = load_committed()
     if not machines:
         print("no records under benchmarks/results; `python benchmarks/run.py cpu` makes them")

@@ -2,7 +2,7 @@
 // every rule, variant and combination of types, to the bit.
 #include "cuda/kernels.h"
 #include "emulation.h"
-#include "problem.h"
+#include "emulation/problem.h"
 #include "rules_headers.inc"
 
 namespace fusedopt::test {
@@ -194,7 +194,7 @@ void test_sum_order() {
         }
       }
       problem.set_grads([](size_t i) { return i % 7 != 5; });
-      cuda::DevicePlan plan(rule_index("adam"), 0, problem.table());
+      cuda::DevicePlan plan(rule_index("adam"), 0, problem.table(), device_memory, 0);
       const std::string what = "order of sums, pieces of " + std::to_string(piece);
       const StepRequest request{.grad_scale = 3.0f, .max_grad_norm = 0.1, .reduce = true};
       run_step(plan, problem, request, what);

@@ -4,7 +4,7 @@
 #include <stdexcept>
 
 #include "emulation.h"
-#include "problem.h"
+#include "emulation/problem.h"
 #include "rules/sgd.h"
 
 namespace fusedopt::test {
