@@ -303,11 +303,16 @@ def set_grads(
 def make_stock(entry: Entry, params: Any, **options: Any) -> torch.optim.Optimizer:
     """Returns torch's plain optimizer, with our decoupled decay where torch has none."""
     options = {"foreach": False, **options}
-    if not options.get("decoupled_weight_decay") or entry.name in ("Adam", "AdamW"):
-        return entry.stock(params, **options)
-    del options["decoupled_weight_decay"]
-    decay = options.pop("weight_decay")
+    decoupled = options.get("decoupled_weight_decay") and entry.name not in ("Adam", "AdamW")
+    decay = 0.0
+    if decoupled:
+        del options["decoupled_weight_decay"]
+        decay = options.pop("weight_decay")
     optimizer = entry.stock(params, **options)
+    if entry.name == "Adagrad" and not _ADAGRAD_MAKES_STATE:
+        optimizer.register_step_pre_hook(_make_missing_state)
+    if not decoupled:
+        return optimizer
 
     def shrink(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():
@@ -318,6 +323,20 @@ def make_stock(entry: Entry, params: Any, **options: Any) -> torch.optim.Optimiz
 
     optimizer.register_step_pre_hook(shrink)
     return optimizer
+
+
+#: In torch 2.11 only its constructor does.
+_ADAGRAD_MAKES_STATE = "full_like" in inspect.getsource(torch.optim.Adagrad._init_group)
+
+
+def _make_missing_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Gives stock Adagrad's parameters the state that newer torch would give them."""
+    initial = optimizer.defaults["initial_accumulator_value"]
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None and not optimizer.state[param]:
+                new = torch.optim.Adagrad([param], initial_accumulator_value=initial)
+                optimizer.state[param] = new.state[param]
 
 
 def make_fused(entry: Entry, params: Any, backend: str, **options: Any) -> torch.optim.Optimizer:
