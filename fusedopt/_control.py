@@ -30,6 +30,11 @@ def check_limit(name: str, value: Any, where: str) -> None:
         )
 
 
+def describe(tensor: Tensor) -> str:
+    """Returns what messages say of a tensor: its type, shape and device."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     """Returns min(1, max_norm / (norm + 1e-6)) with NaN coming through; 1 for an infinite limit."""
     if math.isinf(max_norm):
@@ -43,6 +48,13 @@ def unscale_factor(grad_scale: Any, device: torch.device) -> Tensor:
         return torch.ones((), dtype=torch.float64, device=device)
     scale = torch.as_tensor(grad_scale, dtype=torch.float64, device=device).reshape(())
     return scale.reciprocal()
+
+
+def nothing(device: torch.device) -> torch.Tensor:
+    """Returns the control tensor of a step that neither scales, clips nor skips."""
+    control = torch.zeros(5, dtype=torch.float64, device=device)
+    control[: CLIP + 1].fill_(1.0)
+    return control
 
 
 def settle(
@@ -83,6 +95,16 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def transforms(group: dict[str, Any], grad: Tensor) -> bool:
+    """Whether something happens to a gradient of ``group`` apart from unscaling and global clip."""
+    return (
+        group.get("max_grad_value") is not None
+        or group.get("max_grad_norm_per_param") is not None
+        # Torch's rules look at it through `view_as_real`, which refuses.
+        or (grad.is_complex() and grad.is_conj())
+    )
+
+
 class GradTransform:
     """What happens to one parameter's gradient before torch's rule sees it.
 
@@ -92,8 +114,10 @@ class GradTransform:
     """
 
     def __init__(self, param: Tensor, group: dict[str, Any], unscale: float) -> None:
-        self._dtype = compute_dtype(param)
-        self._param = param
+        assert param.grad is not None
+        # A wider gradient may hold finite values that the parameter's type cannot.
+        self._dtype = torch.promote_types(compute_dtype(param), param.grad.dtype)
+        self._changes = unscale != 1.0 or transforms(group, param.grad)
         self._unscale = unscale
         self._max_value: float | None = group.get("max_grad_value")
         self._max_norm: float | None = group.get("max_grad_norm_per_param")
@@ -107,7 +131,7 @@ class GradTransform:
     @property
     def is_identity(self) -> bool:
         """Whether, apart from the global clip, nothing happens at all."""
-        return self._unscale == 1.0 and self._max_value is None and self._max_norm is None
+        return not self._changes
 
     def reduce(self, grad: Tensor) -> Tensor:
         """Returns float64[2]: the squared norm after the first three steps, and any non-finite."""
@@ -131,7 +155,7 @@ class GradTransform:
         if self.is_identity and global_clip == 1.0:
             return grad
         values = self._limited(_values(grad)) * self._own_clip * global_clip
-        values = values.to(grad.dtype)
+        values = values.to(grad.dtype).resolve_conj()
         if not grad.is_sparse:
             return values
         grad = grad.coalesce()

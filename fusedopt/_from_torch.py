@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ._optimizer import FusedOptimizer, _torch_class
+from ._optimizer import FusedOptimizer
+from ._torch_rule import torch_class
 from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam
@@ -16,7 +17,7 @@ from .rmsprop import RMSprop
 from .sgd import SGD
 
 _TWINS: dict[type, type[FusedOptimizer]] = {
-    _torch_class(twin): twin for twin in (Adam, AdamW, SGD, RMSprop, Adagrad, Adadelta)
+    torch_class(twin): twin for twin in (Adam, AdamW, SGD, RMSprop, Adagrad, Adadelta)
 }
 
 
@@ -54,7 +55,7 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> Any:
     defaults = {
         name: value
         for name, value in optimizer.defaults.items()
-        if name in accepted and name != "fused"
+        if name in accepted and not (name == "fused" and value is False)
     }
     groups = []
     for group in optimizer.param_groups:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,73 +14,34 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from . import backends
-from ._control import NONFINITE, NORM, SKIP, check_limit
+from . import _checkpoint
+from ._control import NONFINITE, check_limit
 from ._pipeline import Pipeline
+from ._settings import (
+    EXTRAS_DOC,
+    GROUP_KEYS,
+    SETTINGS,
+    WithSettings,
+    check_flag,
+    read_backend,
+)
+from ._torch_rule import TorchRule, torch_class
 
-#: Group keys of ours, after torch's own, with their defaults.
-GROUP_DEFAULTS = {
-    "max_grad_norm_per_param": None,
-    "max_grad_value": None,
-    "decoupled_weight_decay": False,
+#: Settings by their names in pickles; older versions had some under another.
+_PICKLED = {
+    **{name: name for name in (*SETTINGS, "fused")},
+    "_max_grad_norm": "max_grad_norm",
+    "_backend": "backend",
 }
-#: Settings of the optimizer as a whole: attributes, pickled with it, never in a group or a
-#: checkpoint.
-SETTINGS = ("max_grad_norm", "skip_nonfinite", "backend")
-
-EXTRAS_DOC = """\
-        max_grad_norm (float | None): Limit of the global L2 norm of all gradients of this
-            optimizer, over all groups and devices, after unscaling: they are multiplied by min(1,
-            max_grad_norm / (norm + 1e-6)). ``float("inf")`` measures without clipping. Default:
-            None, no global norm.
-        max_grad_norm_per_param (float | None): The same limit for each parameter's own gradient;
-            may differ per group.
-            Default: None.
-        max_grad_value (float | None): Limits every gradient element to [-max_grad_value,
-            max_grad_value]; may differ per group. Combined, the order is: unscale, value, per
-            parameter, global. Default: None.
-        skip_nonfinite (bool): Leaves parameters, state and counters untouched in a step whose
-            gradients hold inf or nan.
-            Default: False.
-        decoupled_weight_decay (bool): Shrinks the parameter by ``1 - lr * weight_decay`` instead of
-            adding ``weight_decay * parameter`` to the gradient; may differ per group.
-        backend (str): "auto", "cuda", "triton", "cpu" or "torch". Default: "auto", the fastest that
-            serves the device.
-        fused (bool | None): False means ``backend="torch"``. Default: None.
-
-    Gradients are read, never written: ``parameter.grad`` keeps the scaled and unclipped values
-    after a step.
-
-    Attributes:
-        last_grad_norm: 0-dim float32 tensor, the norm that ``max_grad_norm`` was compared with;
-            None before the first step or without that limit.
-        last_step_skipped: 0-dim bool tensor; None before the first step.
-
-    Raises:
-        ValueError: For whatever torch's class refuses (with torch's text), a limit that is not
-            above zero, an unknown backend, a setting of the whole optimizer inside a group.
-        RuntimeError: For a backend that does not work here."""
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
     """The mixin before torch's class: ``class Adam(FusedOptimizer, torch.optim.Adam)``."""
 
     #: The name of the rule in ``csrc/rules`` and ``kernels``.
     _rule: ClassVar[str]
-    #: Whether the state counts a parameter's steps.
-    _has_step: ClassVar[bool] = True
-    #: Whether torch's own rule knows decoupled weight decay.
-    _torch_decouples: ClassVar[bool] = False
     #: Whether torch's own rule can be captured on XLA devices.
     _captures_on_xla: ClassVar[bool] = True
-
-    _step_supports_amp_scaling = True
-
-    skip_nonfinite: bool = False
-
-    # Class attributes, so that an unpickled optimizer of an older version has them.
-    _max_grad_norm: float | None = None
-    _backend: str = "auto"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,58 +64,25 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._pipeline = Pipeline(self)
         self.max_grad_norm = max_grad_norm
-        if fused is False:
-            if backend not in ("auto", "torch"):
-                raise ValueError(
-                    f"fused=False means backend='torch', but backend is {backend!r}; pass one of"
-                    " them"
-                )
-            backend = "torch"
-        self.backend = backend
-        self.skip_nonfinite = bool(skip_nonfinite)
-        check_limit("max_grad_norm_per_param", max_grad_norm_per_param, "for the optimizer")
-        check_limit("max_grad_value", max_grad_value, "for the optimizer")
-        always = self._always_decoupled()
-        if always and decoupled_weight_decay is False:
-            raise ValueError(
-                f"decoupled_weight_decay is False, but {type(self).__name__} always decouples it;"
-                " use fusedopt.Adam for L2 weight decay"
-            )
-        self._group_defaults = {
-            "max_grad_norm_per_param": max_grad_norm_per_param,
-            "max_grad_value": max_grad_value,
-            "decoupled_weight_decay": always or bool(decoupled_weight_decay),
-        }
-        accepted = inspect.signature(_torch_class(type(self))).parameters
-        if "fused" in accepted:
+        self.backend = read_backend(backend, fused)
+        self.skip_nonfinite = skip_nonfinite
+        self._pipeline.settings.fused = fused
+        values = (max_grad_norm_per_param, max_grad_value, decoupled_weight_decay)
+        given = {k: v for k, v in zip(GROUP_KEYS, values, strict=True) if v is not None}
+        self._check_group_keys(given, "for the optimizer")
+        given = {name: value for name, value in given.items() if value is not False}
+        if "fused" in self._torch_keys():
             kwargs["fused"] = fused
-        if "decoupled_weight_decay" in accepted:
-            kwargs["decoupled_weight_decay"] = bool(decoupled_weight_decay)
+        if "decoupled_weight_decay" in self._torch_keys():
+            kwargs["decoupled_weight_decay"] = given.pop("decoupled_weight_decay", False)
         super().__init__(*args, **kwargs)
+        for group in (self.defaults, *self.param_groups):
+            for name, value in given.items():
+                group.setdefault(name, value)
 
     @classmethod
     def _always_decoupled(cls) -> bool:
         return issubclass(cls, torch.optim.AdamW)
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """Limit of the global gradient norm; see the class."""
-        return self._max_grad_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float | None) -> None:
-        check_limit("max_grad_norm", value, "for the optimizer")
-        self._max_grad_norm = value
-
-    @property
-    def backend(self) -> str:
-        """Where the step runs; see the class."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, value: str) -> None:
-        self._backend = backends.check(value)
-        self._pipeline.reset()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does, after checking our keys in it.
@@ -167,25 +94,41 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: For a limit that is not above zero, a setting of the whole optimizer, or
                 ``decoupled_weight_decay=False`` in AdamW.
         """
-        for name, default in self._group_defaults.items():
-            self.defaults.setdefault(name, default)
         if isinstance(param_group, dict):
-            self._check_group({**self._group_defaults, **param_group})
+            where = f"in param group {len(getattr(self, 'param_groups', []))}"
+            for name in SETTINGS:
+                if name in param_group:
+                    raise ValueError(
+                        f"{name} is {param_group[name]!r} {where}, but it belongs to the optimizer"
+                        f" as a whole; {self._way_out(name)}"
+                    )
+            self._check_group_keys(param_group, where)
         super().add_param_group(param_group)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        where = f"in param group {len(getattr(self, 'param_groups', []))}"
-        for name in SETTINGS:
-            if name in group:
-                raise ValueError(
-                    f"{name} is set {where}, but it belongs to the optimizer as a whole; pass it to"
-                    f" {type(self).__name__}() or set optimizer.{name}"
-                )
+    def _way_out(self, name: str) -> str:
+        """Says what to do with a setting of the whole optimizer that came in a group."""
+        text = f"pass it to {type(self).__name__}() itself, or set optimizer.{name}"
+        if name == "backend":
+            return text
+        instead = (
+            "clip all parameters with torch.nn.utils.clip_grad_norm_ before the step"
+            if name == "max_grad_norm"
+            else "leave it out"
+        )
+        return (
+            f"{text}. A wrapper that gives each process a part of the parameters, such as"
+            " ZeroRedundancyOptimizer, cannot have it, for it would see that part's gradients only;"
+            f" there, {instead}"
+        )
+
+    def _check_group_keys(self, values: dict[str, Any], where: str) -> None:
         for name in ("max_grad_norm_per_param", "max_grad_value"):
-            check_limit(name, group[name], where)
-        if self._always_decoupled() and not group["decoupled_weight_decay"]:
+            check_limit(name, values.get(name), where)
+        decoupled = values.get("decoupled_weight_decay")
+        check_flag("decoupled_weight_decay", decoupled, where)
+        if self._always_decoupled() and not values.get("decoupled_weight_decay", True):
             raise ValueError(
-                f"decoupled_weight_decay is {group['decoupled_weight_decay']!r} {where}, but"
+                f"decoupled_weight_decay is {decoupled!r} {where}, but"
                 f" {type(self).__name__} always decouples it; use fusedopt.Adam for L2 weight decay"
             )
 
@@ -238,72 +181,32 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._pipeline.step(self.skip_nonfinite)
+            self._pipeline.step(self._pipeline.settings.skips)
         return loss
+
+    # What a TypeError calls it.
+    _unwatched_step.__qualname__ = "FusedOptimizer.step"
 
     step.__signature__ = inspect.signature(_unwatched_step)  # type: ignore[attr-defined]
 
-    @property
-    def last_grad_norm(self) -> Tensor | None:
-        """The global gradient norm of the last step, as a 0-dim float32 tensor; see the class."""
-        control = self._pipeline.control
-        if control is None or self.max_grad_norm is None:
-            return None
-        return control[NORM].to(torch.float32)
-
-    @property
-    def last_step_skipped(self) -> Tensor | None:
-        """Whether the last step was skipped, as a 0-dim bool tensor; None before the first."""
-        control = self._pipeline.control
-        return None if control is None else control[SKIP] != 0
-
-    def _step_for_scaler(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+    def _step_for_scaler(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
         """Runs ``step``, as wrapped by schedulers and hooks; inf or nan in a gradient skips it.
 
         Returns:
             What ``step`` returned, and a new 0-dim float32 tensor: nonzero when inf or nan was
-            found.
+            found; None when a ``step`` of a subclass did not call ours.
         """
-        setting = self.skip_nonfinite
-        self.skip_nonfinite = True
+        pipeline = self._pipeline
+        before, pipeline.control = pipeline.control, None
+        pipeline.settings.checks_for_scaler = True
         try:
             result = self.step(*args, **kwargs)
         finally:
-            self.skip_nonfinite = setting
-        assert self._pipeline.control is not None
-        return result, self._pipeline.control[NONFINITE].to(torch.float32)
-
-    def _apply_torch_rule(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
-        """Lets torch's rule update the parameters of ``group`` that have a gradient.
-
-        Args:
-            group: A param group, or a part of one.
-            grads: What to use instead of the parameters' own gradients; None for those.
-        """
-        if group["decoupled_weight_decay"] and not self._torch_decouples:
-            shrink = 1 - group["lr"] * group["weight_decay"]
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.mul_(shrink)
-            group = {**group, "weight_decay": 0}
-        self._update_with_torch(group, grads)
-
-    def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
-        raise NotImplementedError
-
-    def _create_state(self, group: dict[str, Any]) -> None:
-        """Creates the state of the parameters in ``group`` that have a gradient, as torch does."""
-        self._collect(group)
-
-    def _collect(self, group: dict[str, Any]) -> tuple[list[list[Any]], Any]:
-        """Returns torch's lists for ``group`` (parameters, gradients, states) and its flags."""
-        torch_class: Any = self
-        lists: list[list[Any]] = [[] for _ in range(_list_count(torch_class.__class__))]
-        return lists, torch_class._init_group(group, *lists)
-
-    def _check_for_torch(self, group: dict[str, Any]) -> None:
-        """Raises torch's error for what its rule will refuse, before anything is updated."""
-        self._collect(group)
+            pipeline.settings.checks_for_scaler = False
+            control = pipeline.control
+            if control is None:
+                pipeline.control = before
+        return result, None if control is None else control[NONFINITE].to(torch.float32)
 
     def _check_capturable(self) -> None:
         for group in self.param_groups:
@@ -319,64 +222,74 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as torch does, without momentum buffers that no step has set yet."""
-        live = self.state
-        self.state = self._settled_state()
+        # Before the hooks of users: they see what they would see of torch's class.
+        handle = self.register_state_dict_post_hook(_checkpoint.settle, prepend=True)
         try:
             return super().state_dict()
         finally:
-            self.state = live
+            handle.remove()
 
-    def _settled_state(self) -> Any:
-        """Returns ``self.state`` as stock torch would have it; itself if that is what it is."""
-        counters = self._pipeline.counters
-        unset = counters.unset_buffers(self.state)
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for group in self.param_groups:
-            if group.get("capturable") or group.get("fused"):
-                continue
-            for param in group["params"]:
-                if param.device.type != "cpu":
-                    by_device.setdefault(param.device, []).append(param)
-        if not unset and not by_device:
-            return self.state
-        settled = self.state.copy()
-        for params in by_device.values():
-            for param, step in counters.host_steps(self.state, params).items():
-                settled[param] = {**self.state[param], "step": step}
-        for param in unset:
-            entries = {k: v for k, v in settled[param].items() if k != "momentum_buffer"}
-            if entries:
-                settled[param] = entries
-            else:
-                del settled[param]
-        return settled
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a checkpoint of ours or of torch's class, as torch does, or leaves all as it was.
+
+        Group keys of ours that it lacks keep their values.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            KeyError: For a group or a parameter's state that lacks what the rule needs.
+            TypeError: For what is no dict, list or tensor where one belongs.
+            ValueError: For other numbers of groups or parameters, or tensors of another shape.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"state_dict is a {type(state_dict).__name__}; expected the dict that"
+                " optimizer.state_dict() returned"
+            )
+        # After the hooks of users: they may make a checkpoint fit.
+        handle = self.register_load_state_dict_pre_hook(_checkpoint.check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what pickle and deepcopy keep: torch's entries and our settings."""
         settings = {name: getattr(self, name) for name in SETTINGS}
-        return {**super().__getstate__(), "state": self._settled_state(), **settings}
+        settings["fused"] = self._pipeline.settings.fused
+        state = _checkpoint.settled_state(self)
+        return {**super().__getstate__(), "state": state, **settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes a pickle's or checkpoint's content; keys that a group lacks keep their live value.
+        """Takes a pickle's or checkpoint's content; group keys of ours that it lacks stay.
 
         Args:
-            state: ``state`` and ``param_groups``, and in a pickle everything else.
+            state: ``state``, ``param_groups``, and in a pickle everything else.
         """
-        live = getattr(self, "param_groups", [])
-        for i, group in enumerate(state["param_groups"]):
-            kept = live[i] if i < len(live) else GROUP_DEFAULTS
-            for name, value in kept.items():
-                group.setdefault(name, value)
+        live_groups = getattr(self, "param_groups", [])
+        for i, group in enumerate(state.get("param_groups", [])):
+            live = live_groups[i] if i < len(live_groups) else {}
+            for name in GROUP_KEYS:
+                if name not in self._torch_keys():
+                    value = group.pop(name, live.get(name))
+                    if value is not None and value is not False:
+                        group[name] = value
         self.__dict__.setdefault("_warned_capturable_if_run_uncaptured", True)
-        settings = {name: state[name] for name in SETTINGS if name in state}
-        super().__setstate__({k: v for k, v in state.items() if k not in settings})
-        self._group_defaults = {
-            name: self.defaults.setdefault(name, default)
-            for name, default in GROUP_DEFAULTS.items()
-        }
-        self._pipeline = Pipeline(self)
+        settings = {name: state[key] for key, name in _PICKLED.items() if key in state}
+        super().__setstate__({k: v for k, v in state.items() if k not in _PICKLED})
+        if "_pipeline" not in self.__dict__:
+            self._pipeline = Pipeline(self)
+        # A graph may have captured what the pipeline holds, so it stays the same.
+        self._pipeline.reset()
+        self._pipeline.settings.fused = settings.pop("fused", self._pipeline.settings.fused)
         for name, value in settings.items():
             setattr(self, name, value)
+
+    def _torch_keys(self) -> Collection[str]:
+        """Returns the arguments of torch's class: decoupled_weight_decay is one of Adam's."""
+        return inspect.signature(torch_class(type(self))).parameters
 
 
 # torch's own wrapper: hooks, in their order, and the profiler's label.
@@ -385,20 +298,9 @@ _watched_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(
 )
 
 
-def _torch_class(cls: type) -> type:
-    """Returns torch's own class behind one of ours."""
-    return next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
-
-
-@functools.cache
-def _list_count(cls: Any) -> int:
-    """Returns how many lists torch's `_init_group` fills, besides reading the group."""
-    return len(inspect.signature(cls._init_group).parameters) - 2
-
-
 def _joint_signature(cls: type) -> inspect.Signature:
     """Returns the signature of torch's constructor with our keyword arguments after its own."""
-    own = dict(inspect.signature(_torch_class(cls)).parameters)
+    own = dict(inspect.signature(torch_class(cls)).parameters)
     ours = inspect.signature(FusedOptimizer.__init__).parameters
     for name, parameter in ours.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:

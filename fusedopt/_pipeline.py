@@ -10,15 +10,17 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _control, _routing, backends
-from ._control import GradTransform
+from ._control import GradTransform, describe
 from ._counters import StepCounters
 from ._routing import Member
+from ._settings import Settings
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
@@ -43,7 +45,10 @@ class Pipeline:
         self._built_over: list[tuple[int, int, type]] = []
         # The places of those for torch's rules.
         self._torch_places: set[int] = set()
-        self._shard_type: str | None = None
+        # The places of those of them that share memory with others.
+        self._shared_places: set[int] = set()
+        self._holds_shards = False
+        self.settings = Settings()
         self.counters = StepCounters(optimizer._has_step)
         #: float64[5] in the order of ``StepControl``: what the last step left; None before the
         #: first.
@@ -87,12 +92,14 @@ class Pipeline:
                 self.reset()
         try:
             foreign = self._begin()
-            if self._shard_type is not None and self._reduces(skip_nonfinite):
+            if self._holds_shards and self._reduces():
+                entries = _routing.members_of(self._optimizer.param_groups)
                 raise NotImplementedError(
-                    "max_grad_norm, max_grad_norm_per_param and skip_nonfinite over a"
-                    f" {self._shard_type} would see only this process's shard; leave them"
-                    " unset and clip with torch.nn.utils.clip_grad_norm_ (DTensor) or"
-                    " FSDP.clip_grad_norm_ before the step"
+                    _routing.refusal(
+                        [member.param for member in entries],
+                        self._reducing(),
+                        self.settings.checks_for_scaler,
+                    )
                 )
             if self._only_plan is None or foreign:
                 self._step_together(foreign, skip_nonfinite)
@@ -105,26 +112,33 @@ class Pipeline:
     def _step_alone(self, plan: Any, skip_nonfinite: bool) -> Any:
         """Runs a step that one plan does alone, unless the plan asks for attention."""
         optimizer = self._optimizer
-        attention = plan.step(
+        attention = _labelled(
+            optimizer._rule,
+            plan.step,
             optimizer.param_groups,
             optimizer.state,
-            getattr(optimizer, "grad_scale", None),
-            getattr(optimizer, "found_inf", None),
-            optimizer.max_grad_norm,
+            self.settings.handed.get("grad_scale"),
+            self.settings.handed.get("found_inf"),
+            self.settings.max_grad_norm,
             skip_nonfinite,
         )
         if attention is None:
             self.control = plan.control
         return attention
 
-    def _reduces(self, skip_nonfinite: bool) -> bool:
+    def _reducing(self) -> list[str]:
+        """Returns the options that are set and need all gradients before the first update."""
+        per_param = "max_grad_norm_per_param"
+        is_set = {
+            "max_grad_norm": self.settings.max_grad_norm is not None,
+            per_param: any(g.get(per_param) is not None for g in self._optimizer.param_groups),
+            "skip_nonfinite": self.settings.skip_nonfinite,
+        }
+        return [name for name, value in is_set.items() if value]
+
+    def _reduces(self) -> bool:
         """Whether a step needs to know all gradients before the first update."""
-        optimizer = self._optimizer
-        return (
-            optimizer.max_grad_norm is not None
-            or skip_nonfinite
-            or any(g.get("max_grad_norm_per_param") is not None for g in optimizer.param_groups)
-        )
+        return self.settings.checks_for_scaler or bool(self._reducing())
 
     def backend_of(self, param: Tensor) -> str:
         """Returns the name of the backend that updates ``param``."""
@@ -140,7 +154,7 @@ class Pipeline:
             }
             if id(param) in by_torch or param.device not in (self._plans or {}):
                 return "torch"
-            backend = backends.for_device(self._optimizer.backend, param.device)
+            backend = backends.for_device(self.settings.backend, param.device)
             return "torch" if backend is None else backend.NAME
 
     def _begin(self) -> list[Member]:
@@ -168,9 +182,11 @@ class Pipeline:
             if id(member.param) in left
             or (member.place in self._torch_places and member.param.grad is not None)
         ]
-        for member in members:
-            self._check_values(member)
-            self._optimizer._check_for_torch(self._subgroup(member.group, [member.param]))
+        names = {id(m.param): (m.group, m.place) for m in members}
+        for index, group in self._subgroups(members):
+            for name in ("max_grad_norm_per_param", "max_grad_value"):
+                _control.check_limit(name, group.get(name), f"in param group {index}")
+            self._optimizer._check_for_torch(group, lambda param: self._name_of(*names[id(param)]))
         return members
 
     def _end(self) -> None:
@@ -186,7 +202,7 @@ class Pipeline:
                 if id(param) in wanted and not isinstance(value, Tensor):
                     return ValueError(
                         f"state {name!r} of {self._name_of(group, place)} is {value!r}; expected a"
-                        f" tensor like the parameter, {_describe(param)}. Load a matching"
+                        f" tensor like the parameter, {describe(param)}. Load a matching"
                         " checkpoint, or delete optimizer.state[parameter]"
                     )
         return RuntimeError(_CHANGED)
@@ -195,30 +211,6 @@ class Pipeline:
         before = self._optimizer.param_groups[:group]
         position = place - sum(len(other["params"]) for other in before)
         return f"parameter {position} of param group {group}"
-
-    def _check_values(self, member: Member) -> None:
-        """Raises ValueError for what torch's rule would take wrongly or refuse too late."""
-        index, place, param = member
-        for name in ("max_grad_norm_per_param", "max_grad_value"):
-            group = self._optimizer.param_groups[index]
-            _control.check_limit(name, group.get(name), f"in param group {index}")
-        if not torch.is_inference_mode_enabled():
-            for name, tensor in self._own_tensors(param):
-                if tensor.is_inference():
-                    raise RuntimeError(
-                        f"{name} of {self._name_of(index, place)} is an inference tensor, which"
-                        " only torch.inference_mode() may write; step there, or put a clone in its"
-                        " place"
-                    )
-        grad = _grad(param)
-        fits = grad.is_complex() if param.is_complex() else grad.is_floating_point()
-        if fits and grad.shape == param.shape and grad.device == param.device:
-            return
-        raise ValueError(
-            f"the gradient of {self._name_of(index, place)} is {_describe(grad)};"
-            " expected a floating-point tensor shaped like the parameter,"
-            f" {_describe(param)}. Set parameter.grad = None and run backward again"
-        )
 
     def _ask_plans(self) -> tuple[bool, list[Tensor], list[Tensor]]:
         optimizer = self._optimizer
@@ -241,10 +233,11 @@ class Pipeline:
         _refuse_while_capturing({member.param.device.type for member in entries})
         optimizer._check_capturable()
         self._built_over = _routing.identities(entries)
-        self._shard_type = _routing.sharded(member.param for member in entries)
+        self._holds_shards = any(_routing.is_shard(member.param) for member in entries)
         if len({id(member.param) for member in entries}) != len(entries):
             # torch updates a parameter that is listed twice twice, and has warned about it.
             native: dict[torch.device, list[Member]] = {}
+            self._shared_places = set()
         else:
             native = self._route(entries)
         served = {member.place for members in native.values() for member in members}
@@ -253,14 +246,14 @@ class Pipeline:
         counters = self.counters.hand_out(params, optimizer.state)
         plans = {}
         for device, members in native.items():
-            backend = backends.for_device(optimizer.backend, device)
+            backend = backends.for_device(self.settings.backend, device)
             assert backend is not None
             slots = [(m.group, m.param, counters[m.param]) for m in members]
             plans[device] = backend.make_plan(
                 optimizer._rule, device, slots, optimizer.param_groups, optimizer.state
             )
         self._plans = plans
-        if len(plans) == 1 and not self._torch_places and self._shard_type is None:
+        if len(plans) == 1 and not self._torch_places and not self._holds_shards:
             (self._only_plan,) = plans.values()
 
     def _route(self, entries: list[Member]) -> dict[torch.device, list[Member]]:
@@ -270,25 +263,26 @@ class Pipeline:
         for member in entries:
             param = member.param
             odd = _routing.not_plain(param)
-            if odd is not None and optimizer.backend not in ("auto", "torch"):
+            if odd is not None and self.settings.backend not in ("auto", "torch"):
                 raise ValueError(
-                    f"parameter {member.place} is {odd}, which backend={optimizer.backend!r}"
-                    " cannot read; use backend='auto' or 'torch'"
+                    f"{self._name_of(member.group, member.place)} is {odd}, which"
+                    f" backend={self.settings.backend!r} cannot read; use backend='auto' or 'torch'"
                 )
             group = optimizer.param_groups[member.group]
             if (
                 odd is None
                 and not _routing.needs_torch_rule(param, group, optimizer.state.get(param, {}))
-                and backends.for_device(optimizer.backend, param.device) is not None
+                and backends.for_device(self.settings.backend, param.device) is not None
             ):
                 native.append(member)
         shared = _routing.sharing_memory(
             (member.param, [tensor for _, tensor in self._own_tensors(member.param)])
             for member in native
         )
+        self._shared_places = {member.place for member in native if member.param in shared}
         by_device = defaultdict(list)
         for member in native:
-            if member.param not in shared:
+            if member.place not in self._shared_places:
                 by_device[member.param.device].append(member)
         return dict(by_device)
 
@@ -320,51 +314,78 @@ class Pipeline:
 
     def _step_together(self, foreign: list[Member], skip_nonfinite: bool) -> None:
         """Runs a step over several plans or with torch's rules, under one norm and skip flag."""
-        optimizer = self._optimizer
         plans = self._plans or {}
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        found_inf = getattr(optimizer, "found_inf", None)
-        limit = optimizer.max_grad_norm
+        grad_scale = self.settings.handed.get("grad_scale")
+        found_inf = self.settings.handed.get("found_inf")
+        limit = self.settings.max_grad_norm
         homes = [member.param.device for member in foreign if member.param.device.type != "meta"]
         places = [*plans, *homes]
         home = places[0] if places else torch.device("cpu")
-        unscale = _control.unscale_factor(grad_scale, home)
+        reduces = self._reduces()
+        is_plain = grad_scale is None and found_inf is None and not reduces
+        unscale: Any = None if is_plain else _control.unscale_factor(grad_scale, home)
         # Torch's rules take numbers of the host: with them, a step may synchronise.
         factor = unscale.item() if foreign and grad_scale is not None else 1.0
-        transforms = [
-            GradTransform(member.param, optimizer.param_groups[member.group], factor)
-            for member in foreign
-        ]
-        totals = []
-        if self._reduces(skip_nonfinite):
-            totals = [plan.reduce(unscale.to(device)) for device, plan in plans.items()]
-            totals += [
-                transform.reduce(_grad(member.param))
-                for member, transform in zip(foreign, transforms, strict=True)
-            ]
-        self.control = _control.settle(totals, unscale, found_inf, limit, skip_nonfinite)
+        groups = self._subgroups(foreign)
+        transforms = {
+            param: GradTransform(param, group, factor)
+            for _, group in groups
+            for param in group["params"]
+            if reduces or factor != 1.0 or _control.transforms(group, _grad(param))
+        }
+        if is_plain:
+            self.control = _control.nothing(home)
+        else:
+            totals = []
+            if reduces:
+                totals = [
+                    _labelled("reduce", plan.reduce, unscale.to(device))
+                    for device, plan in plans.items()
+                ]
+                totals += [transform.reduce(_grad(p)) for p, transform in transforms.items()]
+            self.control = _control.settle(totals, unscale, found_inf, limit, skip_nonfinite)
         may_skip = found_inf is not None or skip_nonfinite
         if foreign and not (may_skip and self.control[_control.SKIP].item() != 0):
             clip = 1.0 if limit is None else self.control[_control.CLIP].item()
-            self._apply_torch_rules(foreign, transforms, clip)
+            shared = {id(m.param) for m in foreign if m.place in self._shared_places}
+            for _, group in groups:
+                self._apply_torch_rule(group, transforms, clip, shared)
         for device, plan in plans.items():
-            plan.apply(self.control.to(device))
+            _labelled(self._optimizer._rule, plan.apply, self.control.to(device))
 
-    def _apply_torch_rules(
-        self, foreign: list[Member], transforms: list[GradTransform], clip: float
+    def _apply_torch_rule(
+        self,
+        group: dict[str, Any],
+        transforms: dict[Tensor, GradTransform],
+        clip: float,
+        shared: set[int],
     ) -> None:
-        optimizer = self._optimizer
-        plain = clip == 1.0 and all(transform.is_identity for transform in transforms)
-        if plain and not self._plans:
-            by_group = defaultdict(list)
-            for member in foreign:
-                by_group[member.group].append(member.param)
-            for index, members in by_group.items():
-                optimizer._apply_torch_rule(self._subgroup(index, members), None)
-            return
-        for (index, _, param), transform in zip(foreign, transforms, strict=True):
-            grad = transform.apply(_grad(param), clip)
-            optimizer._apply_torch_rule(self._subgroup(index, [param]), [grad])
+        """Lets torch update a group: whole, or one by one what shares memory or is transformed.
+
+        No more than one gradient is copied at a time.
+        """
+        apply = self._optimizer._apply_torch_rule
+        single = []
+        if transforms or shared:
+            single = [
+                param
+                for param in group["params"]
+                if id(param) in shared
+                or (param in transforms and not (clip == 1.0 and transforms[param].is_identity))
+            ]
+        alone = set(map(id, single))
+        if whole := [param for param in group["params"] if id(param) not in alone]:
+            apply({**group, "params": whole}, None)
+        for param in single:
+            grads = [transforms[param].apply(_grad(param), clip)] if param in transforms else None
+            apply({**group, "params": [param]}, grads)
+
+    def _subgroups(self, members: list[Member]) -> list[tuple[int, dict[str, Any]]]:
+        """Returns the groups of these parameters, with no others, and their indices."""
+        by_group = defaultdict(list)
+        for index, _, param in members:
+            by_group[index].append(param)
+        return [(index, self._subgroup(index, params)) for index, params in by_group.items()]
 
     def _subgroup(self, index: int, params: list[Tensor]) -> dict[str, Any]:
         return {**self._optimizer.param_groups[index], "params": params}
@@ -374,6 +395,14 @@ _CHANGED = (
     "param_groups or state change while a step is being prepared; do not write to them from another"
     " thread, and keep tensors under torch's names in optimizer.state"
 )
+
+
+def _labelled(name: str, run: Callable[..., Any], *args: Any) -> Any:
+    """Calls ``run`` and, for a profiler that looks on, names what it does."""
+    if not torch.autograd.profiler._is_profiler_enabled:
+        return run(*args)
+    with torch.profiler.record_function(f"fusedopt::{name}"):
+        return run(*args)
 
 
 def _refuse_while_capturing(device_types: set[str]) -> None:
@@ -390,7 +419,3 @@ def _refuse_while_capturing(device_types: set[str]) -> None:
 def _grad(param: Tensor) -> Tensor:
     assert param.grad is not None
     return param.grad
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"

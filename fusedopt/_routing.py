@@ -90,6 +90,18 @@ def refuse_fake_mode(params: Iterable[Tensor]) -> None:
         )
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements of a tensor share memory, as those of an expanded one do."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_contiguous()
+        and any(
+            stride == 0 and size > 1
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+    )
+
+
 def _memory_range(tensor: Tensor) -> tuple[int, int]:
     """Returns the first and one-past-last byte that a tensor of at least one element touches."""
     last = sum(
@@ -114,10 +126,7 @@ def sharing_memory(owners: Iterable[tuple[Tensor, Iterable[Tensor]]]) -> set[Ten
             if tensor.numel() == 0:
                 continue
             ranges.append((*_memory_range(tensor), param))
-            if any(
-                stride == 0 and size > 1
-                for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            ):
+            if is_expanded(tensor):
                 shared.add(param)
     ranges.sort(key=lambda entry: entry[:2])
     reach, reacher = 0, None
@@ -129,16 +138,48 @@ def sharing_memory(owners: Iterable[tuple[Tensor, Iterable[Tensor]]]) -> set[Ten
     return shared
 
 
-def sharded(params: Iterable[Tensor]) -> str | None:
-    """Returns the type of the first parameter of which this process holds only a shard, if any."""
-    tensor_module = sys.modules.get("torch.distributed.tensor")
-    flat_module = sys.modules.get("torch.distributed.fsdp._flat_param")
-    kinds = tuple(
-        kind
-        for kind in (
-            getattr(tensor_module, "DTensor", None),
-            getattr(flat_module, "FlatParameter", None),
-        )
-        if kind is not None
+def is_shard(param: Tensor) -> bool:
+    """Whether this process may hold no more than a shard of a parameter.
+
+    FSDP1 marks its own flat parameters by their type (`isinstance` knows it) and the original ones,
+    where it keeps them, by an attribute.
+    """
+    flat = getattr(sys.modules.get("torch.distributed.fsdp._flat_param"), "FlatParameter", None)
+    return (
+        _is_dtensor(param)
+        or (flat is not None and isinstance(param, flat))
+        or getattr(param, "_fsdp_flattened", False)
     )
-    return next((type(param).__name__ for param in params if isinstance(param, kinds)), None)
+
+
+def _is_dtensor(param: Tensor) -> bool:
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(param, kind)
+
+
+def refusal(params: Iterable[Tensor], options: Iterable[str], by_scaler: bool) -> str:
+    """Says why a step that needs all gradients cannot run over shards, and what to do.
+
+    Args:
+        params: Of the optimizer, a shard among them.
+        options: Those that need all gradients, as they were set.
+        by_scaler: Whether `fusedopt.GradScaler` needs them too.
+    """
+    shard = next(filter(is_shard, params))
+    is_dtensor = _is_dtensor(shard)
+    kind = type(shard).__name__ if is_dtensor else "parameter sharded by FullyShardedDataParallel"
+    remedies = []
+    if options := list(options):
+        clip = "torch.nn.utils.clip_grad_norm_" if is_dtensor else "FSDP.clip_grad_norm_"
+        clips = any("norm" in name for name in options)
+        remedies.append(
+            f"leave {', '.join(options)} unset" + f" and clip with {clip} before the step" * clips
+        )
+    if by_scaler:
+        scaler = "torch.amp.GradScaler" if is_dtensor else "ShardedGradScaler of torch's FSDP"
+        remedies.append(f"use {scaler} instead of fusedopt.GradScaler")
+    wanted = [*options, *["fusedopt.GradScaler"] * by_scaler]
+    return (
+        f"{', '.join(wanted)} over a {kind} would see only this process's shard of the gradients;"
+        f" {' and '.join(remedies)}"
+    )

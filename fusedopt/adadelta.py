@@ -27,7 +27,8 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
         rho (float): Decay :math:`\rho` of the moving averages. Default: 0.9.
         eps (float): Added under both roots. Default: 1e-6.
         weight_decay (float): L2 penalty, or decoupled decay. Default: 0.
-        foreach (bool | None): Accepted for compatibility; changes nothing. Default: None.
+        foreach (bool | None): As in torch, for what torch's rule updates; kernels do without.
+            Default: None.
         capturable (bool): Allows capture in a CUDA graph. Default: False.
         maximize (bool): Ascends instead of descending. Default: False.
         differentiable (bool): Lets autograd through the step; takes torch's rule. Default: False.
@@ -42,6 +43,7 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
     """
 
     _rule = "adadelta"
+    _states = ("square_avg", "acc_delta")
     _captures_on_xla = False
 
     def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:

@@ -26,7 +26,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         weight_decay (float): L2 penalty, or decoupled decay. Default: 0.
         initial_accumulator_value (float): What ``sum`` starts from. Default: 0.
         eps (float): Added to the root. Default: 1e-10.
-        foreach (bool | None): Accepted for compatibility; changes nothing. Default: None.
+        foreach (bool | None): As in torch, for what torch's rule updates; kernels do without.
+            Default: None.
         maximize (bool): Ascends instead of descending. Default: False.
         differentiable (bool): Lets autograd through the step; takes torch's rule. Default: False.
         {extras}
@@ -41,22 +42,18 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     """
 
     _rule = "adagrad"
+    _states = ("sum",)
 
-    def _collect(self, group: dict[str, Any]) -> tuple[list[list[Any]], Any]:
+    def _collect(self, group: dict[str, Any], state: Any = None) -> tuple[list[list[Any]], Any]:
         # torch 2.11 makes state in the constructor only, and refuses `fused` on GPUs here.
         fused = group["fused"]
         initial = self.defaults["initial_accumulator_value"]
+        known = self.state if state is None else state
         for param in group["params"]:
-            if param.grad is not None and not self.state[param]:
+            if param.grad is not None and not known[param]:
                 new = torch.optim.Adagrad([param], initial_accumulator_value=initial, fused=fused)
-                self.state[param] = new.state[param]
-        return super()._collect({**group, "fused": False})
-
-    def _check_for_torch(self, group: dict[str, Any]) -> None:
-        _, (has_sparse_grad, _) = self._collect(group)
-        decays = group["weight_decay"] != 0 and not group["decoupled_weight_decay"]
-        if has_sparse_grad and decays:
-            raise RuntimeError("weight_decay option is not compatible with sparse gradients")
+                known[param] = new.state[param]
+        return super()._collect({**group, "fused": False}, state)
 
     def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
         lists, (has_sparse_grad, has_complex) = self._collect(group)
@@ -66,7 +63,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
             own_grads if grads is None else grads,
             sums,
             steps,
-            fused=False,
+            fused=self._fuses(group, lists),
             has_sparse_grad=has_sparse_grad,
             foreach=group["foreach"],
             differentiable=group["differentiable"],

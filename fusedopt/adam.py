@@ -30,7 +30,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         eps (float): Added to the root. Default: 1e-8.
         weight_decay (float): L2 penalty, or decoupled decay. Default: 0.
         amsgrad (bool): Keeps the largest second moment. Default: False.
-        foreach (bool | None): Accepted for compatibility; changes nothing. Default: None.
+        foreach (bool | None): As in torch, for what torch's rule updates; kernels do without.
+            Default: None.
         maximize (bool): Ascends instead of descending. Default: False.
         capturable (bool): Allows capture in a CUDA graph. Default: False.
         differentiable (bool): Lets autograd through the step; takes torch's rule. Default: False.
@@ -46,7 +47,12 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     """
 
     _rule = "adam"
+    _states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     _torch_decouples = True
+    _fuses_subclasses = True
+
+    def _lerped(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",)
 
     def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
         lists, has_complex = self._collect(group)
@@ -62,9 +68,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             foreach=group["foreach"],
             capturable=group["capturable"],
             differentiable=group["differentiable"],
-            fused=False,
+            fused=self._fuses(group, lists),
             has_complex=has_complex,
-            decoupled_weight_decay=group["decoupled_weight_decay"],
+            decoupled_weight_decay=group.get("decoupled_weight_decay", False),
             amsgrad=group["amsgrad"],
             beta1=beta1,
             beta2=beta2,

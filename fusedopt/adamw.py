@@ -22,7 +22,8 @@ class AdamW(Adam, torch.optim.AdamW):
         weight_decay (float): Decay :math:`\lambda`. Default: 1e-2.
         amsgrad (bool): Keeps the largest second moment. Default: False.
         maximize (bool): Ascends instead of descending. Default: False.
-        foreach (bool | None): Accepted for compatibility; changes nothing. Default: None.
+        foreach (bool | None): As in torch, for what torch's rule updates; kernels do without.
+            Default: None.
         capturable (bool): Allows capture in a CUDA graph. Default: False.
         differentiable (bool): Lets autograd through the step; takes torch's rule. Default: False.
         {extras}

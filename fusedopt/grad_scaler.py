@@ -55,19 +55,45 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled or not isinstance(optimizer, FusedOptimizer):
             return super().step(optimizer, *args, **kwargs)
         ours = self._per_optimizer_states[id(optimizer)]
-        if ours["stage"] is not OptState.READY or "closure" in kwargs or self._scale is None:
+        if ours["stage"] is OptState.STEPPED or "closure" in kwargs or self._scale is None:
             return super().step(optimizer, *args, **kwargs)
-        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
-            raise AssertionError("No inf checks were recorded for this optimizer.")
-
-        scale = self._get_scale_async()
-        preset = getattr(optimizer, "grad_scale", None)
-        target: Any = optimizer
-        target.grad_scale = scale if preset is None else scale * preset
-        try:
-            result, found_inf = target._step_for_scaler(*args, **kwargs)
-        finally:
-            del target.grad_scale
-        ours["found_inf_per_device"] = {found_inf.device: found_inf}
+        if ours["stage"] is OptState.READY:
+            result = self._step_and_look(optimizer, ours, *args, **kwargs)
+        else:
+            result = self._step_as_found(optimizer, ours, *args, **kwargs)
         ours["stage"] = OptState.STEPPED
         return result
+
+    def _step_and_look(
+        self, optimizer: Any, ours: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Steps on gradients that nobody has looked at yet."""
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            raise AssertionError("No inf checks were recorded for this optimizer.")
+        scale: Any = self._get_scale_async()
+        preset = getattr(optimizer, "grad_scale", None)
+        optimizer.grad_scale = scale if preset is None else scale * preset
+        try:
+            result, found_inf = optimizer._step_for_scaler(*args, **kwargs)
+        finally:
+            del optimizer.grad_scale
+        if found_inf is None and not self._check_inf_per_device(optimizer):
+            found_inf = torch.zeros((), device=scale.device)
+        if found_inf is not None:
+            ours["found_inf_per_device"] = {found_inf.device: found_inf}
+        return result
+
+    def _step_as_found(
+        self, optimizer: Any, ours: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Steps after `unscale_`, which has looked, without waiting for what it found."""
+        found = list(ours["found_inf_per_device"].values())
+        if not found:
+            raise AssertionError("No inf checks were recorded for this optimizer.")
+        optimizer.found_inf = torch.stack([flag.to(found[0].device) for flag in found]).sum()
+        try:
+            return optimizer.step(*args, **kwargs)
+        finally:
+            del optimizer.found_inf
+            if hasattr(optimizer, "grad_scale"):
+                del optimizer.grad_scale

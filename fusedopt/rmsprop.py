@@ -32,7 +32,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         momentum (float): Momentum :math:`\mu`. Default: 0, no buffer.
         centered (bool): Normalises by an estimate of the variance. Default: False.
         capturable (bool): Allows capture in a CUDA graph. Default: False.
-        foreach (bool | None): Accepted for compatibility; changes nothing. Default: None.
+        foreach (bool | None): As in torch, for what torch's rule updates; kernels do without.
+            Default: None.
         maximize (bool): Ascends instead of descending. Default: False.
         differentiable (bool): Lets autograd through the step; takes torch's rule. Default: False.
         {extras}
@@ -47,6 +48,10 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """
 
     _rule = "rmsprop"
+    _states = ("square_avg", "momentum_buffer", "grad_avg")
+
+    def _lerped(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("grad_avg",) if group["centered"] else ()
 
     def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
         lists, has_complex = self._collect(group)

@@ -29,7 +29,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         weight_decay (float): L2 penalty, or decoupled decay. Default: 0.
         nesterov (bool): Nesterov's form; needs momentum and no dampening. Default: False.
         maximize (bool): Ascends instead of descending. Default: False.
-        foreach (bool | None): Accepted for compatibility; changes nothing. Default: None.
+        foreach (bool | None): As in torch, for what torch's rule updates; kernels do without.
+            Default: None.
         differentiable (bool): Lets autograd through the step; takes torch's rule. Default: False.
         {extras}
 
@@ -44,6 +45,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     _rule = "sgd"
     _has_step = False
+    _states = ("momentum_buffer",)
+    _views_as_real = False
 
     def _create_state(self, group: dict[str, Any]) -> None:
         for param in group["params"]:
@@ -51,21 +54,19 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             self.state[param]["momentum_buffer"] = buffer
             self._pipeline.counters.add_unset_buffer(buffer)
 
-    def _check_for_torch(self, group: dict[str, Any]) -> None:
-        """Torch's rule refuses nothing, and looking would leave empty entries in the state."""
-
     def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
         unset = set(self._pipeline.counters.unset_buffers(self.state))
         for param in unset.intersection(group["params"]):
             del self.state[param]["momentum_buffer"]
-        (params, own_grads, momentum_buffers), has_sparse_grad = self._collect(group)
+        lists, has_sparse_grad = self._collect(group)
+        params, own_grads, momentum_buffers = lists
         sgd(
             params,
             own_grads if grads is None else grads,
             momentum_buffers,
             has_sparse_grad=has_sparse_grad,
             foreach=group["foreach"],
-            fused=False,
+            fused=self._fuses(group, lists),
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],

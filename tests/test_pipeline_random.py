@@ -59,7 +59,7 @@ class History:
         device = table.device_of(backend)
         params = table.make_params(SHAPES, dtype, device)
         self.entry, self.backend, self.groups, self.options = entry, backend, groups, options
-        self.trio = Trio(entry, backend, params, groups, options, skip_nonfinite=True)
+        self.trio = Trio(entry, backend, params, groups, options, skip_nonfinite=True, fused=True)
         self.scalers = {
             name: kind(device, init_scale=16.0, growth_interval=1000)
             for name, kind in (("torch", torch.amp.GradScaler), ("fused", fusedopt.GradScaler))
@@ -77,6 +77,7 @@ class History:
             groups,
             self.backend,
             skip_nonfinite=True,
+            fused=True,
             max_grad_norm=old.optimizer.max_grad_norm,
         )
         fresh.load_state_dict(old.optimizer.state_dict())

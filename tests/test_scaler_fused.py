@@ -136,10 +136,11 @@ def test_several_optimizers_under_one_scaler(backend, bad):
     params = table.make_params(((4,), (3, 2)), device=device)
     scales, tensors = [], []
     for kind in (fusedopt.GradScaler, torch.amp.GradScaler):
+        sgd = {"momentum": 0.9, "dampening": 0.5, "fused": True}
         runs = [
-            table.run_fused(table.TABLE["SGD"], params, backend, momentum=0.9, dampening=0.5),
+            table.run_fused(table.TABLE["SGD"], params, backend, **sgd),
             table.run_stock(table.TABLE["Adam"], params),
-            table.run_fused(table.TABLE["RMSprop"], params, backend, max_grad_norm=1.0),
+            table.run_fused(table.TABLE["RMSprop"], params, backend, max_grad_norm=1.0, fused=True),
         ]
         scaler = make_scaler(device, kind)
         for pattern in (bad, (False,) * 3, bad):
@@ -262,7 +263,7 @@ def test_preset_grad_scale_is_multiplied_in(entry, backend):
     params = table.make_params(device=device)
     finished = []
     for kind in (fusedopt.GradScaler, torch.amp.GradScaler):
-        run = table.run_fused(entry, params, backend, max_grad_norm=0.9)
+        run = table.run_fused(entry, params, backend, max_grad_norm=0.9, fused=True)
         scaler = make_scaler(device, kind)
         for step in range(4):
             poison = math.inf if step == 2 else None

@@ -1,6 +1,7 @@
 """torch's own GradScaler around our optimizers.
 
-Once unscaled, skipped on inf, never synchronised by us.
+Once unscaled, skipped on inf, never synchronised by us: with fused=True, as in torch, where the
+scaler leaves all that to the step. What it does without is in test_wrappers.py.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def test_scaler_with_clips(entry, backend, unscale_first, dtype):
     """
     device = table.device_of(backend)
     params = table.make_params(dtype=dtype, device=device)
-    trio = Trio(entry, backend, params, [CLIPS, {}], table.richest(entry), max_grad_norm=0.9)
+    trio = Trio(
+        entry, backend, params, [CLIPS, {}], table.richest(entry), max_grad_norm=0.9, fused=True
+    )
     scaler = make_scaler(device)
     for step in range(7):
         poison = math.inf if step in bad_steps(7) else None
@@ -77,7 +80,7 @@ def test_half_gradients_under_the_scaler(entry, backend):
     device = table.device_of(backend)
     params = table.make_params(dtype=torch.float16, device=device)
     options = {"eps": 1e-3} if entry.name != "SGD" else {"momentum": 0.9}
-    trio = Trio(entry, backend, params, [{}], {"lr": 0.1, **options}, max_grad_norm=0.9)
+    trio = Trio(entry, backend, params, [{}], {"lr": 0.1, **options}, max_grad_norm=0.9, fused=True)
     scaler = make_scaler(device, init_scale=512.0)
     for step in range(5):
         poison = math.nan if step in bad_steps(5) else None
@@ -97,7 +100,7 @@ def test_prior_unscale_gives_the_same_bits(entry, backend):
     finished = []
     for unscale_first in (False, True):
         scaler = make_scaler(device, growth_interval=1000)
-        run = table.run_fused(entry, params, backend, max_grad_norm=0.9)
+        run = table.run_fused(entry, params, backend, max_grad_norm=0.9, fused=True)
         for step in range(4):
             for param, grad in zip(run.params, make_grads(params, step, 64.0), strict=True):
                 param.grad = grad
@@ -149,7 +152,9 @@ def test_preset_grad_scale_is_multiplied_in(entry, backend, unscale_first):
     """
     device = table.device_of(backend)
     params = table.make_params(device=device)
-    trio = Trio(entry, backend, params, [CLIPS], table.richest(entry), max_grad_norm=0.9)
+    trio = Trio(
+        entry, backend, params, [CLIPS], table.richest(entry), max_grad_norm=0.9, fused=True
+    )
     scaler = make_scaler(device, growth_interval=1000)
     optimizer = trio.ours.optimizer
     for step in range(5):
@@ -215,7 +220,7 @@ def test_ours_and_stock_under_one_scaler(entry, backend):
     """Each is skipped by its own gradients; the scale backs off when either is bad."""
     device = table.device_of(backend)
     params = table.make_params(((4,), (3, 2)), device=device)
-    ours = table.run_fused(entry, params, backend, **table.richest(entry))
+    ours = table.run_fused(entry, params, backend, fused=True, **table.richest(entry))
     stock = table.run_stock(entry, params, **table.richest(entry))
     scaler = make_scaler(device, growth_interval=1000)
     for step, bad in enumerate(("ours", "", "stock", "both", "")):

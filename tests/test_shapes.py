@@ -204,7 +204,7 @@ def test_expanded_parameter_is_refused_as_by_torch(entry, backend):
                 param.grad = torch.ones(shape, device=param.device)
                 optimizer.step()
             texts.append(str(caught.value))
-        assert texts[0] == texts[1]
+        assert texts[1].startswith(texts[0])
 
 
 @OURS

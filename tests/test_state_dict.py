@@ -105,15 +105,24 @@ def test_rolling_back(entry, backend):
 
 
 @OURS
-def test_defaults_and_group_keys(entry):
-    """They are torch's in torch's order, then ours."""
+@pytest.mark.parametrize(
+    "given", [OWN_KEYS[:1], OWN_KEYS[1:2], OWN_KEYS[2:], OWN_KEYS], ids=lambda names: names[0]
+)
+def test_defaults_and_group_keys(entry, given):
+    """They are torch's in torch's order, and after them those of ours that are set."""
     ours, stock = entry.fused(make_params()), entry.stock(make_params())
-    added = [key for key in OWN_KEYS if key not in stock.defaults]
+    assert list(ours.defaults.items()) == list(stock.defaults.items())
+    assert list(ours.param_groups[0]) == list(stock.param_groups[0])
+    values = {"max_grad_norm_per_param": 2.0, "max_grad_value": 0.5, "decoupled_weight_decay": True}
+    options = {name: values[name] for name in given}
+    ours = entry.fused(make_params(), **options)
+    added = [name for name in OWN_KEYS if name in options and name not in stock.defaults]
     assert list(ours.defaults) == [*stock.defaults, *added]
     # torch puts "params" first, its keys, and whatever else stands in the group.
     assert list(ours.param_groups[0]) == [*stock.param_groups[0], *added]
-    shared = {k: v for k, v in ours.defaults.items() if k in stock.defaults}
-    assert shared == stock.defaults
+    assert options.items() <= ours.param_groups[0].items()
+    ours.add_param_group({"params": make_params()})
+    assert ours.param_groups[1].keys() == ours.param_groups[0].keys()
 
 
 @OURS
@@ -128,11 +137,11 @@ def test_stock_checkpoint_keeps_our_settings(entry, backend):
         {"params": params[1:], "max_grad_norm_per_param": 3.0, "weight_decay": 0.5},
     ]
     ours = make_fused(entry, groups, backend, max_grad_value=7.0, **SETTINGS)
-    decoupled = [group["decoupled_weight_decay"] for group in ours.param_groups]
+    decoupled = [group.get("decoupled_weight_decay") for group in ours.param_groups]
     ours.load_state_dict(through_a_file(stock.state_dict()))
     assert [group["max_grad_value"] for group in ours.param_groups] == [0.25, 7.0]
-    assert [group["max_grad_norm_per_param"] for group in ours.param_groups] == [None, 3.0]
-    assert [group["decoupled_weight_decay"] for group in ours.param_groups] == decoupled
+    assert [group.get("max_grad_norm_per_param") for group in ours.param_groups] == [None, 3.0]
+    assert [group.get("decoupled_weight_decay") for group in ours.param_groups] == decoupled
     assert ours.param_groups[1]["lr"] == 0.5
     assert ours.param_groups[1]["weight_decay"] == stock.defaults["weight_decay"]
     assert (ours.max_grad_norm, ours.skip_nonfinite, ours.backend) == (0.5, True, backend)
@@ -217,14 +226,14 @@ def test_copies_and_pickles(entry, backend, how):
     assert twin.optimizer.backend == backend
     assert twin.optimizer.param_groups[0]["max_grad_value"] == 0.9
     assert twin.optimizer.defaults == run.optimizer.defaults
-    assert twin.optimizer._step_supports_amp_scaling
+    assert twin.optimizer._step_supports_amp_scaling == run.optimizer._step_supports_amp_scaling
     before = {name: value.clone() for name, value in run.tensors().items()}
     ahead = twin.steps(2, first=3).tensors()
     assert_same_bits(run.tensors(), before)
     assert_same_bits(run.steps(2, first=3).tensors(), ahead)
     twin.optimizer.add_param_group({"params": make_params([(2,)], device=device_of(backend))})
     assert twin.optimizer.param_groups[1]["max_grad_value"] == 0.9
-    with pytest.raises(ValueError, match="backend is set in param group"):
+    with pytest.raises(ValueError, match="backend is 'cpu' in param group"):
         twin.optimizer.add_param_group({"params": make_params([(2,)]), "backend": "cpu"})
 
 

@@ -44,11 +44,12 @@ def _pick(side: Side, rng: Random, native: bool = False) -> Any:
 
 
 def _put(container: dict[str, Any], key: str, value: Any) -> Undo:
-    old = container[key]
+    old = dict(container)
     container[key] = value
 
     def undo() -> None:
-        container[key] = old
+        container.pop(key)
+        container.update({key: old[key]} if key in old else {})
 
     return undo
 

@@ -170,7 +170,8 @@ class World:
 
     def make_ours(self, groups: list[dict[str, Any]], backend: str) -> torch.optim.Optimizer:
         """Returns one of ours with the settings of this moment; its group keys may be missing."""
-        return self.entry.fused(groups, backend=backend, **self.story.options, **self.settings)
+        optimizer = self.entry.fused(groups, backend=backend, **self.story.options, **self.settings)
+        return leave_scaling_to_step(optimizer)
 
     def make_stock(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Returns torch's, whose groups carry our keys along."""
@@ -239,3 +240,12 @@ def pick_group(world: World, rng: Random) -> list[dict[str, Any]]:
     """Returns the same group of every side."""
     index = rng.randrange(len(world.ours.optimizer.param_groups))
     return [side.optimizer.param_groups[index] for side in world.sides]
+
+
+def leave_scaling_to_step(optimizer: Any) -> Any:
+    """Has torch's scaler leave unscaling and skipping to the step, as with fused=True.
+
+    Which no group can have that has complex parameters.
+    """
+    optimizer._pipeline.settings.fused = True
+    return optimizer

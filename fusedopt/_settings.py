@@ -1,0 +1,202 @@
+"""What a user may set on an optimizer besides torch's hyperparameters, and where it is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._control import NORM, SKIP, check_limit
+
+if TYPE_CHECKING:
+    from ._pipeline import Pipeline
+
+#: Group keys of ours. They stand in a group, after torch's own keys, only where they are set.
+GROUP_KEYS = ("max_grad_norm_per_param", "max_grad_value", "decoupled_weight_decay")
+#: Settings of the optimizer as a whole: pickled with it, never in a group or a checkpoint.
+SETTINGS = ("max_grad_norm", "skip_nonfinite", "backend")
+
+EXTRAS_DOC = """\
+        max_grad_norm (float | None): Limit of the global L2 norm of all gradients of this
+            optimizer, over all groups and devices of this process, after unscaling: they are
+            multiplied by min(1, max_grad_norm / (norm + 1e-6)). ``float("inf")`` measures without
+            clipping. Default: None, no global norm.
+        max_grad_norm_per_param (float | None): The same limit for each parameter's own gradient;
+            may differ per group.
+            Default: None.
+        max_grad_value (float | None): Limits every gradient element to [-max_grad_value,
+            max_grad_value]; may differ per group. Combined, the order is: unscale, value, per
+            parameter, global. Default: None.
+        skip_nonfinite (bool): Leaves parameters, state and counters untouched in a step whose
+            gradients hold inf or nan.
+            Default: False.
+        decoupled_weight_decay (bool): Shrinks the parameter by ``1 - lr * weight_decay`` instead of
+            adding ``weight_decay * parameter`` to the gradient; may differ per group.
+        backend (str): "auto", "cuda", "triton", "cpu" or "torch". Default: "auto", the fastest that
+            serves the device.
+        fused (bool | None): True means, as in torch, that :class:`torch.amp.GradScaler` leaves
+            unscaling and skipping to the step, without waiting for the device. False means
+            ``backend="torch"``. Default: None.
+
+    Gradients are read, never written: ``parameter.grad`` keeps the scaled and unclipped values
+    after a step.
+
+    Attributes:
+        last_grad_norm: 0-dim float32 tensor, the norm that ``max_grad_norm`` was compared with;
+            None before the first step or without that limit.
+        last_step_skipped: 0-dim bool tensor; None before the first step.
+
+    Raises:
+        ValueError: For whatever torch's class refuses (with torch's text), a limit that is not
+            above zero, a flag that is no bool, an unknown backend, a setting of the whole optimizer
+            inside a group.
+        RuntimeError: For a backend that does not work here."""
+
+
+@dataclass
+class Settings:
+    """The values behind the attributes of `WithSettings`.
+
+    Attributes:
+        max_grad_norm: Limit of the global norm, or None.
+        skip_nonfinite: Whether inf or nan in a gradient skips the step.
+        backend: What was asked for.
+        fused: What the constructor was given.
+        handed: `grad_scale` and `found_inf`, while a scaler has set them.
+        checks_for_scaler: Whether `fusedopt.GradScaler` has the running step look for inf and nan.
+    """
+
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    backend: str = "auto"
+    fused: bool | None = None
+    handed: dict[str, Any] = field(default_factory=dict)
+    checks_for_scaler: bool = False
+
+    @property
+    def skips(self) -> bool:
+        """Whether inf or nan in a gradient skips the step, whoever wants that."""
+        return self.skip_nonfinite or self.checks_for_scaler
+
+
+def check_flag(name: str, value: Any, where: str) -> bool:
+    """Returns a flag as a bool; None counts as False, as in torch. Raises ValueError for others."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ValueError(f"{name} is {value!r} {where}; expected True or False")
+
+
+def read_backend(backend: Any, fused: Any) -> str:
+    """Returns the backend that the constructor's two arguments ask for together."""
+    if fused is not None and not isinstance(fused, bool):
+        raise ValueError(f"fused is {fused!r} for the optimizer; expected True, False or None")
+    if fused is not False:
+        return backend
+    if backend not in ("auto", "torch"):
+        raise ValueError(
+            f"fused=False means backend='torch', but backend is {backend!r}; pass one of them"
+        )
+    return "torch"
+
+
+class _Handed:
+    """An attribute that is there while a scaler has set it, kept with the other settings."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        try:
+            return optimizer._pipeline.settings.handed[self._name]
+        except KeyError:
+            raise self._missing(optimizer) from None
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        optimizer._pipeline.settings.handed[self._name] = value
+
+    def __delete__(self, optimizer: Any) -> None:
+        try:
+            del optimizer._pipeline.settings.handed[self._name]
+        except KeyError:
+            raise self._missing(optimizer) from None
+
+    def _missing(self, optimizer: Any) -> AttributeError:
+        return AttributeError(f"{type(optimizer).__name__!r} object has no attribute {self._name}")
+
+
+class WithSettings:
+    """The attributes of an optimizer that are ours.
+
+    They live on its pipeline and nowhere else, neither in the instance nor as defaults of the
+    class: trainers wrap optimizers in classes that inherit from the optimizer's and pass on only
+    what is not found there, so that anything found would hide the wrapped optimizer's own.
+    """
+
+    _pipeline: Pipeline
+
+    #: What torch's `GradScaler` hands over for one step.
+    grad_scale: Any = _Handed()
+    found_inf: Any = _Handed()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Limit of the global gradient norm; see the class."""
+        return self._pipeline.settings.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        check_limit("max_grad_norm", value, "for the optimizer")
+        self._pipeline.settings.max_grad_norm = value
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether inf or nan in a gradient skips the step; see the class."""
+        return self._pipeline.settings.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool | None) -> None:
+        flag = check_flag("skip_nonfinite", value, "for the optimizer")
+        self._pipeline.settings.skip_nonfinite = flag
+
+    @property
+    def backend(self) -> str:
+        """Where the step runs; see the class."""
+        return self._pipeline.settings.backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        self._pipeline.settings.backend = backends.check(value)
+        self._pipeline.reset()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch's `GradScaler` leaves unscaling and skipping to the step.
+
+        As in torch with `fused=True` only. Otherwise it unscales the gradients itself and does not
+        call a step that it skips, which trainers that clip, or ask whether the step was skipped,
+        rely on.
+        """
+        return self._pipeline.settings.fused is True
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Torch's constructors set it for `fused=True`, which says the same."""
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The global gradient norm of the last step, as a 0-dim float32 tensor; see the class."""
+        control = self._pipeline.control
+        if control is None or self.max_grad_norm is None:
+            return None
+        return control[NORM].to(torch.float32)
+
+    @property
+    def last_step_skipped(self) -> Tensor | None:
+        """Whether the last step was skipped, as a 0-dim bool tensor; None before the first."""
+        control = self._pipeline.control
+        return None if control is None else control[SKIP] != 0
