@@ -7,6 +7,7 @@ step, so it asks in as few calls as tell the truth.
 from __future__ import annotations
 
 import math
+import threading
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,9 +65,9 @@ class Books:
         self._groups = Groups(self._rule, device, param_groups)
         self._group_words = encode_groups(self._groups.rows)
         self.rows_version = 0
-        # Of the step that has begun: what the rows describe, and the gradients.
+        # Of the step that has begun: what the rows describe, and what is kept alive with that.
         self._tensors: list[Tensor] = []
-        self._held: list[Tensor | None] = []
+        self._kept: list[Any] = []
         self._read_state(slots, state)
 
     def _read_state(self, slots: Sequence[Slot], state: State) -> None:
@@ -154,6 +155,7 @@ class Books:
         missing, foreign = self._survey_stateless(members, state)
         params = watched[: len(self._group_of)]
         grads = [param.grad for param in params]
+        self._keep(grads)
         addresses = self._known_grads(grads)
         if addresses is None:
             addresses, unread = self._survey_grads(params, grads)
@@ -165,13 +167,22 @@ class Books:
             own = [*params, *(members[place] for place, _ in self._stateless)]
             foreign = [param for param in own if param.grad is not None]
         self._tensors = watched
-        self._held = grads
         self._grads = self._spread(addresses)
         return (False, missing, foreign) if missing or foreign else None
 
     def end(self) -> None:
         """Lets go of the step's tensors."""
-        self._tensors, self._held = [], []
+        self._tensors, self._kept = [], []
+
+    def _keep(self, tensors: Sequence[Any]) -> None:
+        """Keeps what addresses are asked of alive until ``end``.
+
+        Where other threads may put other memory under the tensors, that memory too; asking for it
+        costs as much as all the rest.
+        """
+        self._kept.append(tensors)
+        if threading.active_count() > 1:
+            self._kept += [each.untyped_storage() for each in tensors if _has_memory(each)]
 
     def bump_versions(self) -> None:
         """Tells autograd that the step wrote parameters and states."""
@@ -206,6 +217,7 @@ class Books:
             return None
         pool = [*members, *values]
         watched = [pool[place] for place in self._watched_places]
+        self._keep(watched)
         if (
             list(map(type, watched)) == self._types
             and list(map(_address_of, watched)) == self._addresses
@@ -343,6 +355,10 @@ class Books:
 
 def _all_values(entries: Iterable[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(_values_of, entries)))
+
+
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _places(objects: Iterable[Any], among: Iterable[Any]) -> list[int]:

@@ -178,7 +178,11 @@ def _to_float(value: Any, what: str) -> float:
         return float(value.item())
     try:
         return math.ldexp(value, 0)  # float() would take text
-    except (TypeError, OverflowError):
+    except OverflowError:
+        raise ValueError(
+            f"{what} is too large for a float; expected a number of at most 1.8e308"
+        ) from None
+    except TypeError:
         raise TypeError(
             f"{what} is {value!r}; expected a number or a tensor of one element"
         ) from None

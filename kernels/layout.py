@@ -40,7 +40,8 @@ def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 class Likeness:
     """What tensors were like in everything but their addresses; holds none of them.
 
-    That is sizes, strides, number type, device, and whether they are sparse or negated views.
+    That is sizes, strides, number type, device, and whether they are sparse, negated views or
+    inference tensors.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -61,7 +62,7 @@ def _facts(tensor: Tensor | None) -> Any:
         return None
     if tensor.layout != torch.strided:
         return tensor.layout
-    odd = tensor.is_neg() or tensor._is_zerotensor()
+    odd = tensor.is_neg() or tensor._is_zerotensor() or tensor.is_inference()
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, odd
 
 

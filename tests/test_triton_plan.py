@@ -243,7 +243,8 @@ def test_reports_first_gradients_and_sparse_ones():
     rebuild, missing, foreign = model.begin()
     assert (rebuild, missing, len(foreign)) == (False, [], 1)
     before = model.params[0].detach().clone()
-    model.plan.step(None, None, 1.0, False)
+    model.plan.apply(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+    model.plan.end()
     assert torch.equal(before, model.params[0])
     assert model.counters.tolist() == [0.0, 1.0, 1.0]
     model.params[0].grad = dense
@@ -275,11 +276,15 @@ def test_refuses_gradients_that_cannot_belong(bad, known):
 
 
 def test_refuses_state_that_does_not_fit():
-    """Naming state, parameter and remedy."""
+    """Naming state, parameter and remedy; only a step that needs it."""
     model = Model()
     model.state[model.params[0]]["exp_avg"] = torch.zeros(4)
+    model.plan = model.make_plan()
+    model.backward(skip=(0,))
+    model.step()
+    model.backward()
     with pytest.raises(ValueError, match="'exp_avg' of parameter 0 of param group 0"):
-        model.make_plan()
+        model.begin()
 
 
 def test_tensor_hyperparameters_are_read_every_step():
@@ -334,7 +339,7 @@ def test_passes_ask_for_begin():
     model = Model()
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"call begin\(\) first in every step"):
-            model.plan.step(None, None, None, False)
+            model.plan.apply(torch.zeros(5, dtype=torch.float64))
         model.begin()
         replace_param(model)
         model.begin()

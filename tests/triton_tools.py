@@ -71,12 +71,15 @@ class Model:
         self.state[param] = {
             name: torch.zeros_like(param) for name in launch.state_names(module, variant)
         }
+        if self.rule != "sgd":
+            place = next(i for i, each in enumerate(self.params) if each is param)
+            self.state[param]["step"] = self.counters[place]
 
     def make_plan(self):
         """A plan over everything as it is now."""
         index = {id(param): i for i, param in enumerate(self.params)}
         self.slots = [
-            (g, p, self.counters[index[id(p)]])
+            (g, p, self.state.get(p, {}).get("step", self.counters[index[id(p)]]))
             for g, group in enumerate(self.groups)
             for p in group["params"]
         ]

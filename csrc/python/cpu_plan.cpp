@@ -53,6 +53,9 @@ std::optional<Attention> CpuPlan::step(const py::object& param_groups, const py:
   job.control.unscale = inputs.unscale;
   const bool reduces = needs_reduce(max_grad_norm, skip_nonfinite);
   const int threads = at::get_num_threads();
+  // Right after `begin` where nothing can come between: what it needs is in the caches.
+  const bool applies = !skip_nonfinite && !inputs.found_inf;
+  if (applies) bump_versions();
   std::optional<Held> held;
   {
     std::optional<py::gil_scoped_release> unlocked;
@@ -64,7 +67,7 @@ std::optional<Attention> CpuPlan::step(const py::object& param_groups, const py:
     cpu::settle(job.control, sum_squares, inputs);
     cpu::apply(job, rule_index(), threads);
   }
-  if (job.control.skip == 0.0) bump_versions();
+  if (!applies && job.control.skip == 0.0) bump_versions();
   as_control(control_) = job.control;
   return std::nullopt;
 }

@@ -23,12 +23,6 @@ size_t find_rule(const std::string& name) {
 constexpr c10::DispatchKeySet kOddKeys({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
                                         c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python});
 
-const at::Tensor& grad_of(const c10::TensorImpl& param) {
-  static const at::Tensor kNone;
-  const auto* const meta = static_cast<torch::autograd::AutogradMeta*>(param.autograd_meta());
-  return meta == nullptr ? kNone : meta->grad_;
-}
-
 // What stands in a dict at a name of torch's; borrowed, null when there is nothing. Such names are
 // plain strings, so this runs no Python code.
 PyObject* entry(PyObject* dict, PyObject* name) {
@@ -40,7 +34,8 @@ PyObject* entry(PyObject* dict, PyObject* name) {
 // The counter in a parameter's state.
 PyObject* step_of(PyObject* state) {
   static PyObject* const kStep = PyUnicode_InternFromString("step");
-  return entry(state, kStep);
+  PyObject* const step = entry(state, kStep);
+  return step == Py_None ? nullptr : step;
 }
 
 // Stands for the address of a gradient without elements, which may have no memory: null would mean
@@ -91,11 +86,11 @@ void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
   numel_ += row.numel;
   Slot& slot = slots_[index];
   slot.first_watched = watched_.size();
-  watched_.emplace_back(param.ptr(), geometries_);
+  watched_.emplace_back(Watched::Kind::kParameter, param.ptr(), geometries_);
+  slot.gradient_place = &grad_of(index);
   slot.state = PyDict_GetItemWithError(state, param.ptr());
   if (slot.state == nullptr && PyErr_Occurred()) throw py::error_already_set();
   if (slot.state != nullptr && !PyDict_Check(slot.state)) slot.state = nullptr;
-  slot.step = step_of(slot.state);
   if (slot.state != nullptr) slot.guard.arm(slot.state);
   const bool has_states = adopt_states(index);
   const at::Tensor* const steps = as_tensor(counter.ptr());
@@ -103,10 +98,11 @@ void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
   if (steps == nullptr) return;
   row.step = steps->mutable_data_ptr();
   row.step_type = dtype_of(*steps).value();
-  if (slot.step == nullptr) {
-    hidden_counters_.push_back(*steps);
+  if (step_of(slot.state) == counter.ptr()) {
+    slot.step = counter.ptr();
+    watched_.emplace_back(Watched::Kind::kState, slot.step, geometries_);
   } else {
-    watched_.emplace_back(slot.step, geometries_);
+    hidden_counters_.push_back(*steps);
   }
 }
 
@@ -130,7 +126,7 @@ bool Plan::adopt_states(size_t index) {
     row.state_type[slot.state_count] = *dtype_of(*tensor);
     slot.dense =
         slot.dense && same_strides(*tensor->unsafeGetTensorImpl(), *param.unsafeGetTensorImpl());
-    watched_.emplace_back(value, geometries_);
+    watched_.emplace_back(Watched::Kind::kState, value, geometries_);
     ++slot.state_count;
   }
   return true;
@@ -156,29 +152,40 @@ std::optional<Attention> Plan::begin(const py::object& param_groups, const py::o
   if (!groups_.refresh(param_groups.ptr())) return rebuild();
   if (!groups_.hold(param_groups.ptr()) || !state_dict_holds(state.ptr())) return rebuild();
   std::vector<size_t> missing, foreign, sharing;
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    prefetch(i);
-    if (!slot_holds(i)) return rebuild();
-    const at::Tensor& grad = grad_of(param_of(slots_[i]).impl());
-    rows_[i].grad = nullptr;
-    if (!grad.defined()) continue;
-    if (!take_gradient(i, grad)) {
+  // In blocks, so that a gradient's memory is asked for some time before it is looked at.
+  constexpr size_t kBlock = 8;
+  for (size_t first = 0; first < slots_.size(); first += kBlock) {
+    const size_t last = std::min(first + kBlock, slots_.size());
+    for (size_t i = first; i < last; ++i) {
+      prefetch(i + kBlock);
+      if (!slot_holds(i)) return rebuild();
+      prefetch_tensor(grad_of(i).unsafeGetTensorImpl());
+    }
+    for (size_t i = first; i < last; ++i) {
+      prefetch_storage(grad_of(i).unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+    }
+    for (size_t i = first; i < last; ++i) {
       rows_[i].grad = nullptr;
-      foreign.push_back(i);
-      continue;
+      const at::Tensor& grad = grad_of(i);
+      if (!grad.defined()) continue;
+      if (!take_gradient(i, grad)) {
+        rows_[i].grad = nullptr;
+        foreign.push_back(i);
+        continue;
+      }
+      if (!slots_[i].ready) {
+        check_state(i);
+        missing.push_back(i);
+      }
+      const auto& storage = grad.unsafeGetTensorImpl()->unsafe_storage();
+      if (written_storages_.may_hold(storage.unsafeGetStorageImpl())) sharing.push_back(i);
     }
-    if (!slots_[i].ready) {
-      check_state(i);
-      missing.push_back(i);
-    }
-    const auto& storage = grad.unsafeGetTensorImpl()->unsafe_storage();
-    if (written_storages_.may_hold(storage.unsafeGetStorageImpl())) sharing.push_back(i);
   }
   if (std::any_of(sharing.begin(), sharing.end(), [this](size_t i) { return writes_grad(i); })) {
     // torch's rules go through the parameters in their order, so that results are defined.
     foreign.clear();
     for (size_t i = 0; i < slots_.size(); ++i) {
-      if (grad_of(param_of(slots_[i]).impl()).defined()) foreign.push_back(i);
+      if (grad_of(i).defined()) foreign.push_back(i);
       rows_[i].grad = nullptr;
     }
   }
@@ -189,16 +196,24 @@ std::optional<Attention> Plan::begin(const py::object& param_groups, const py::o
   return attention;
 }
 
-// The validation waits for memory: a few slots ahead of it, asks for the objects that it will
-// compare. Always inlined: g++ takes a function that only prefetches for one without effect and
-// drops the call.
-__attribute__((always_inline)) inline void Plan::prefetch(size_t index) const {
-  constexpr size_t kAhead = 8;
-  if (index + kAhead >= slots_.size()) return;
-  const Slot& slot = slots_[index + kAhead];
+// The gradient of a parameter that is known to be alive.
+const at::Tensor& Plan::grad_of(size_t index) const {
+  static const at::Tensor kNone;
+  const auto* const meta =
+      static_cast<torch::autograd::AutogradMeta*>(param_of(slots_[index]).impl().autograd_meta());
+  return meta == nullptr ? kNone : meta->grad_;
+}
+
+// The validation waits for memory: some slots ahead of it, asks for the objects that it will
+// compare.
+FUSEDOPT_PREFETCH void Plan::prefetch(size_t index) const {
+  if (index >= slots_.size()) return;
+  const Slot& slot = slots_[index];
   const size_t end = watched_end(slot);
+  param_of(slot).prefetch_object();
   for (size_t k = slot.first_watched; k < end; ++k) watched_[k].prefetch();
   __builtin_prefetch(slot.state);
+  __builtin_prefetch(slot.gradient_place);
 }
 
 // Whether optimizer.state still maps the same parameters to the same inner dicts, which are alive
@@ -222,6 +237,7 @@ bool Plan::state_dict_holds(PyObject* state) {
 // describes.
 bool Plan::slot_holds(size_t index) {
   const Slot& slot = slots_[index];
+  if (!param_of(slot).is(param_of(slot).object())) return false;
   if (slot.state != nullptr && !slot.guard.unchanged(slot.state) && !state_holds(index)) {
     return false;
   }
@@ -236,9 +252,11 @@ bool Plan::slot_holds(size_t index) {
 // lacks what it lacked.
 bool Plan::state_holds(size_t index) {
   Slot& slot = slots_[index];
-  if (!PyDict_Check(slot.state) || step_of(slot.state) != slot.step) return false;
+  if (!PyDict_Check(slot.state)) return false;
   const Watched* next = &watched_[slot.first_watched + 1];
   const Watched* const end = next + slot.state_count;
+  PyObject* const step = step_of(slot.state);
+  if (slot.step == nullptr ? step != nullptr : step == nullptr || !end->is(step)) return false;
   for (size_t i = 0; i < state_names_.size(); ++i) {
     if (!wants_state(i, index)) continue;
     PyObject* const value = entry(slot.state, state_names_[i]);
@@ -246,7 +264,7 @@ bool Plan::state_holds(size_t index) {
       if (value != nullptr && as_tensor(value) != nullptr) return false;
       break;
     }
-    if (value != (next++)->object()) return false;
+    if (value == nullptr || !(next++)->is(value)) return false;
   }
   slot.guard.arm(slot.state);
   return true;
@@ -304,7 +322,7 @@ bool Plan::writes_grad(size_t index) {
     }
     std::sort(written_.begin(), written_.end());
   }
-  const at::Tensor& grad = grad_of(param_of(slots_[index]).impl());
+  const at::Tensor& grad = grad_of(index);
   if (grad.numel() == 0) return false;
   // They do not overlap: what shares memory takes torch's rules (fusedopt/_routing.py).
   const auto [first, last] = bytes_of(*grad.unsafeGetTensorImpl());
@@ -324,7 +342,7 @@ void Plan::hold() {
   };
   for (const Watched& watched : watched_) keep(watched.tensor());
   for (size_t i = 0; i < rows_.size(); ++i) {
-    if (rows_[i].grad != nullptr) keep(grad_of(param_of(slots_[i]).impl()));
+    if (rows_[i].grad != nullptr) keep(grad_of(i));
   }
   for (PyObject* const lr : groups_.device_lrs()) keep(*as_tensor(lr));
   is_held_ = true;
@@ -347,11 +365,13 @@ void Plan::require_held() const {
 }
 
 void Plan::bump_versions() const {
+  constexpr size_t kAhead = 24;
   for (size_t i = 0; i < rows_.size(); ++i) {
-    if (rows_[i].grad == nullptr) continue;
     const Slot& slot = slots_[i];
-    for (int32_t k = 0; k <= slot.state_count; ++k) {
-      watched_[slot.first_watched + k].impl().bump_version();
+    const size_t end = slot.first_watched + 1 + slot.state_count;
+    for (size_t k = slot.first_watched; k < end; ++k) {
+      if (k + kAhead < watched_.size()) watched_[k + kAhead].prefetch_version();
+      if (rows_[i].grad != nullptr) bump_version(watched_[k].impl());
     }
   }
 }

@@ -84,6 +84,7 @@ class Plan {
     bool dense = false;  // parameter and states lie densely in the same order
     // Of the gradient before: one like it needs no further look. -1: of none that a kernel read.
     int32_t grad_geometry = -1;
+    const void* gradient_place = nullptr;  // only to prefetch
     PyObject* state = nullptr;
     PyObject* step = nullptr;  // the state's, which is the counter; null: it has none
     DictGuard guard;
@@ -101,6 +102,7 @@ class Plan {
   bool state_dict_holds(PyObject* state);
   bool slot_holds(size_t index);
   bool state_holds(size_t index);
+  const at::Tensor& grad_of(size_t index) const;
   void prefetch(size_t index) const;
   bool take_gradient(size_t index, const at::Tensor& grad);
   bool take_new_gradient(size_t index, const at::Tensor& grad);

@@ -1,8 +1,25 @@
 #include "python/watched.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace fusedopt {
+namespace {
+
+// torch keeps the counter behind a version private. Naming a private member is allowed in an
+// explicit instantiation; this one makes version_counter() return a pointer to that member.
+template <auto kMember>
+struct Opened {
+  friend auto version_counter() { return kMember; }
+};
+auto version_counter();
+template struct Opened<&c10::VariableVersion::version_counter_>;
+
+const auto& counter_of(const c10::TensorImpl& tensor) {
+  return tensor.version_counter().*version_counter();
+}
+
+}  // namespace
 
 int32_t Geometries::number_of(const c10::TensorImpl& tensor) {
   auto known = std::find_if(all_.begin(), all_.end(),
@@ -26,11 +43,21 @@ PointerFilter::PointerFilter(size_t capacity) {
   words_.resize((size_t{1} << (64 - shift_)) / 64);
 }
 
-Watched::Watched(PyObject* object, Geometries& geometries)
+void bump_version(const c10::TensorImpl& tensor) {
+  const auto& counter = counter_of(tensor);
+  if (!counter) return;  // an inference tensor
+  auto& version = counter->version_;
+  version.store(version.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+}
+
+Watched::Watched(Kind kind, PyObject* object, Geometries& geometries)
     : object_(object),
       impl_(as_tensor(object)->unsafeGetTensorImpl()),
       storage_(impl_->unsafe_storage().unsafeGetStorageImpl()),
       data_(first_byte(*impl_)),
-      geometry_(geometries.number_of(*impl_)) {}
+      version_(counter_of(*impl_).get()),
+      geometry_(geometries.number_of(*impl_)),
+      shell_(kind == Kind::kState ? as_tensor(object)->getIntrusivePtr()
+                                  : at::Tensor().getIntrusivePtr()) {}
 
 }  // namespace fusedopt

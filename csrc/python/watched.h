@@ -21,21 +21,32 @@ class Geometry {
       : keys_(tensor.key_set()),
         dtype_(tensor.dtype()),
         device_(tensor.device()),
-        sizes_(tensor.sizes().vec()),
-        strides_(tensor.strides().vec()) {}
+        ndim_(tensor.sizes().size()),
+        sizes_and_strides_(tensor.sizes().vec()) {
+    for (const int64_t stride : tensor.strides()) sizes_and_strides_.push_back(stride);
+  }
 
   // The keys come first: they also tell whether there are strides and a storage to ask for.
   bool fits(const c10::TensorImpl& tensor) const {
-    return tensor.key_set() == keys_ && tensor.dtype() == dtype_ && tensor.device() == device_ &&
-           tensor.sizes() == sizes_ && tensor.strides() == strides_;
+    if (tensor.key_set() != keys_ || tensor.dtype() != dtype_ || tensor.device() != device_) {
+      return false;
+    }
+    const auto sizes = tensor.sizes();
+    const auto strides = tensor.strides();
+    if (sizes.size() != ndim_) return false;
+    const int64_t* const expected = sizes_and_strides_.data();
+    for (size_t d = 0; d < ndim_; ++d) {
+      if (sizes[d] != expected[d] || strides[d] != expected[ndim_ + d]) return false;
+    }
+    return true;
   }
 
  private:
   c10::DispatchKeySet keys_;
   caffe2::TypeMeta dtype_;
   c10::Device device_;
-  std::vector<int64_t> sizes_;
-  std::vector<int64_t> strides_;
+  size_t ndim_;
+  std::vector<int64_t> sizes_and_strides_;
 };
 
 // The geometries of one plan's tensors, each once: those of a whole model stay in a cache.
@@ -49,14 +60,35 @@ class Geometries {
   std::vector<Geometry> all_;
 };
 
-// Where a tensor's elements begin, without the checks of data_ptr().
+// Tells autograd that a tensor was written, as bump_version() does at four times the cost: the
+// interpreter's lock is held, and who writes the same tensor at the same time without has a race
+// anyway.
+void bump_version(const c10::TensorImpl& tensor);
+
+// Where a tensor's elements begin. Without the checks of data_ptr(), which look at flags in another
+// cache line.
 inline const void* first_byte(const c10::TensorImpl& tensor) {
-  return static_cast<const char*>(tensor.unsafe_storage().unsafeGetStorageImpl()->data()) +
+  c10::StorageImpl* const storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  return static_cast<const char*>(storage->_mutable_data_ptr_no_checks().get()) +
          tensor.storage_offset() * static_cast<int64_t>(tensor.dtype().itemsize());
 }
 
 // The bytes [first, last) among which all elements of a tensor are; for one of at least one.
 std::pair<const char*, const char*> bytes_of(const c10::TensorImpl& tensor);
+
+// What only prefetches is always inlined: g++ takes it for a function without effect and drops the
+// call. The address may be any.
+#define FUSEDOPT_PREFETCH __attribute__((always_inline)) inline
+
+FUSEDOPT_PREFETCH void prefetch_tensor(const c10::TensorImpl* tensor) {
+  const auto* const bytes = reinterpret_cast<const char*>(tensor);
+  for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(bytes + at);
+  __builtin_prefetch(bytes + sizeof(c10::TensorImpl) - 1);  // it seldom begins with a line
+}
+
+FUSEDOPT_PREFETCH void prefetch_storage(const c10::StorageImpl* storage) {
+  __builtin_prefetch(reinterpret_cast<const char*>(storage) + sizeof(c10::intrusive_ptr_target));
+}
 
 // A set of pointers that answers at once and errs to one side: one question in sixteen is answered
 // with "perhaps" although the pointer is not in it.
@@ -83,31 +115,46 @@ class PointerFilter {
 // One tensor of the optimizer's.
 class Watched {
  public:
-  Watched(PyObject* object, Geometries& geometries);
+  enum class Kind {
+    kParameter,  // may be swapped (torch.utils.swap_tensors), which no reference must hinder
+    kState,      // may not: then its object says nothing that the dict around it has not said
+  };
+
+  Watched(Kind kind, PyObject* object, Geometries& geometries);
 
   PyObject* object() const { return object_; }
 
-  // Whether it is the tensor that it was, in the same memory. The object must be alive.
+  // Whether an object that is alive is the one that was watched, and holds the same tensor.
+  bool is(PyObject* object) const {
+    if (object != object_) return false;
+    const at::Tensor* const tensor = as_tensor(object);
+    return tensor != nullptr && tensor->unsafeGetTensorImpl() == impl_;
+  }
+
+  // Whether the tensor, which must be the one that was watched, is as it was, in the same memory.
   bool unchanged(const Geometries& geometries) const {
-    const at::Tensor* const tensor = as_tensor(object_);
-    return tensor != nullptr && tensor->unsafeGetTensorImpl() == impl_ &&
-           geometries[geometry_].fits(*impl_) &&
+    return geometries[geometry_].fits(*impl_) &&
            impl_->unsafe_storage().unsafeGetStorageImpl() == storage_ &&
            first_byte(*impl_) == data_;
   }
 
-  // Only while `unchanged` is known to hold.
+  // Only while it is known to be the one that was watched.
   c10::TensorImpl& impl() const { return *impl_; }
   const at::Tensor& tensor() const { return *as_tensor(object_); }
   // Only to compare with: it may be gone.
   const c10::StorageImpl* storage() const { return storage_; }
 
-  // Asks for the memory that `unchanged` looks at. The tensor may be gone.
-  __attribute__((always_inline)) void prefetch() const {
+  // Asks for the memory that the checks look at. The tensor may be gone.
+  FUSEDOPT_PREFETCH void prefetch() const {
+    prefetch_tensor(impl_);
+    prefetch_storage(storage_);
+  }
+  FUSEDOPT_PREFETCH void prefetch_object() const {
     __builtin_prefetch(reinterpret_cast<const char*>(object_) + sizeof(PyObject));
-    const auto* const bytes = reinterpret_cast<const char*>(impl_);
-    for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(bytes + at);
-    __builtin_prefetch(reinterpret_cast<const char*>(storage_) + sizeof(c10::intrusive_ptr_target));
+  }
+  FUSEDOPT_PREFETCH void prefetch_version() const {
+    __builtin_prefetch(impl_);
+    __builtin_prefetch(version_, 1);
   }
 
  private:
@@ -115,7 +162,10 @@ class Watched {
   c10::TensorImpl* impl_;
   const c10::StorageImpl* storage_;
   const void* data_;
+  const void* version_;  // only to prefetch
   int32_t geometry_;
+  // Of a state: keeps its TensorImpl, without its memory, and so this address from another tensor.
+  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> shell_;
 };
 
 }  // namespace fusedopt
