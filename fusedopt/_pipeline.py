@@ -375,7 +375,9 @@ class Pipeline:
             ]
         alone = set(map(id, single))
         if whole := [param for param in group["params"] if id(param) not in alone]:
-            apply({**group, "params": whole}, None)
+            # What is listed twice is updated twice: one after the other, not side by side.
+            twice = len(set(map(id, whole))) < len(whole)
+            apply({**group, "params": whole, **({"foreach": False} if twice else {})}, None)
         for param in single:
             grads = [transforms[param].apply(_grad(param), clip)] if param in transforms else None
             apply({**group, "params": [param]}, grads)

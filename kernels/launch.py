@@ -66,6 +66,11 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The current stream; None where there are no streams."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -113,6 +118,7 @@ class Tables:
         self._row_count = len(rows)
         self.control = control
         self.captured = capturing(device)
+        self._known_stream = _stream(device)
         self._staged: list[torch.Tensor] = []
         if self.captured:
             _captured.append(self)
@@ -201,6 +207,27 @@ class Tables:
         if self.captured:
             self._staged.append(staged)
 
+    def _note_stream(self) -> None:
+        """Makes sure that memory which the current stream uses is not given to others meanwhile.
+
+        Once these tables are replaced, the allocator knows only the stream that they were made on.
+        """
+        stream = _stream(self._device)
+        if stream is None or stream == self._known_stream:
+            return
+        self._known_stream = stream
+        for memory in (
+            self.control,
+            self._tensors,
+            self._current,
+            self.sums,
+            self._tickets,
+            self._coefs,
+            self._piece_pairs,
+            self._tensor_pairs,
+        ):
+            memory.record_stream(stream)
+
     def _mark(self, begin: int, end: int) -> None:
         first, last = self._changed
         if first < last and begin < end:
@@ -235,6 +262,7 @@ class Tables:
 
     def upload(self) -> None:
         """Sends what changed since the last time; nothing when nothing did."""
+        self._note_stream()
         begin, end = self._changed
         if begin < end:
             self._send(self._current[begin:end], self._host[begin:end])

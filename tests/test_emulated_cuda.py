@@ -2,7 +2,8 @@
 
 There "cuda" is a device of torch whose memory and streams are those of tests/cpp/emulation: the
 backend's host code as it is, its kernels compiled for the CPU, operations of torch done by the
-CPU's kernels. The tests are the table of tests that all backends pass, and those for real GPUs.
+CPU's kernels. The tests are the table of tests that all backends pass, those for real GPUs, and
+those that only an emulation can run (test_emulated_plans.py).
 """
 
 import os
@@ -31,6 +32,7 @@ PARTS = {
     "table, odd": ["--backend=cuda", *TABLE[1::2]],
     "bits": [*ONLY_CUDA, "test_gpu_bits.py"],
     "steps and graphs": [*ONLY_CUDA, "test_gpu_steps.py", "test_gpu_graphs.py"],
+    "plans": ["test_emulated_plans.py"],
 }
 
 pytestmark = [

@@ -377,3 +377,28 @@ def test_a_captured_graph_has_tables_of_its_own(monkeypatch):
     model.step()
     assert model.plan._tables not in (eager, captured)
     assert torch.equal(recorded, captured._current)
+
+
+def test_memory_is_known_on_every_stream_that_uses_it(books, monkeypatch):
+    """Tables that are replaced while another stream uses them are not given to others meanwhile."""
+    model = Model()
+    streams = iter(["first", "first", "other", "other"])
+    monkeypatch.setattr(launch, "_stream", lambda device: next(streams))
+    recorded = []
+    monkeypatch.setattr(
+        torch.Tensor,
+        "record_stream",
+        lambda tensor, stream: recorded.append((tensor.untyped_storage().data_ptr(), stream)),
+    )
+    model.backward()
+    model.step()
+    assert not recorded
+    model.backward()
+    model.step()
+    tables = model.plan._tables
+    used = {
+        (value.untyped_storage().data_ptr(), "other")
+        for name, value in vars(tables).items()
+        if isinstance(value, torch.Tensor) and name != "_host"
+    }
+    assert set(recorded) == used and len(recorded) == len(used)

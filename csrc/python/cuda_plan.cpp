@@ -6,6 +6,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <mutex>
+
 #include "python/tensors.h"
 
 namespace fusedopt {
@@ -99,7 +101,9 @@ void CudaPlan::update(cuda::StreamHandle stream) {
   }
   if (device_plan_->update(rows().data(), groups().rows().data(), stream)) {
     // The graph writes to the control block, and cannot be asked whether it still exists.
+    static std::mutex mutex;
     static auto* const kept = new std::vector<at::Tensor>;
+    const std::lock_guard lock(mutex);
     if (kept->empty() || !kept->back().is_same(control_)) kept->push_back(control_);
   }
 }

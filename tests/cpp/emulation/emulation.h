@@ -27,6 +27,9 @@ void set_reversed(bool reversed);
 void set_deferred(bool deferred);
 void synchronize();
 
+// Patient: a copy from pageable memory is staged and does not wait for its stream, as it may.
+void set_patient(bool patient);
+
 // The next call of this kind returns the error.
 void fail_next_allocation();
 void fail_next_launch();

@@ -139,7 +139,7 @@ void release(void* data) {
   Block& block = blocks()[static_cast<char*>(data)];
   if (block.captured) return;
   for (EmulatedStream* user : std::exchange(block.users, {})) block.busy.push_back(mark(*user));
-  enqueue_outside(*block.stream, [&block] { block.alive = false; });
+  if (block.busy.empty()) enqueue_outside(*block.stream, [&block] { block.alive = false; });
   pool()[{block.stream, block.size}].push_back(static_cast<char*>(data));
 }
 

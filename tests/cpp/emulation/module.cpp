@@ -38,6 +38,7 @@ PYBIND11_MODULE(_emulation, module) {
   module.def("set_reversed", &set_reversed);
   module.def("set_deferred", &set_deferred);
   module.def("set_strict", &set_strict);
+  module.def("set_patient", &set_patient);
   module.def("set_driver", &set_driver);
   module.def("synchronize", &synchronize, unlocked);
   module.def("fail_call", &fail_call);

@@ -36,7 +36,7 @@ class Check {
       return;
     }
     const TensorRow& row = table.tensors[index];
-    memory("a counter", row.step, sizeof(float));
+    memory("a counter", row.step, size_of(row.step_type));
     operand("a parameter", row, 0, row.param, row.param_type);
     operand("a gradient", row, 1, table.grads[index], row.grad_type);
     for (int k = 0; k < kMaxStates; ++k) {

@@ -12,6 +12,7 @@ namespace {
 struct State {
   Counts counts;
   bool deferred = false;
+  bool patient = true;
   bool driver = true;
   bool strict = false;
   bool fail_allocation = false;
@@ -92,6 +93,7 @@ bool is_strict() { return state().strict; }
 
 Counts& counts() { return state().counts; }
 void set_deferred(bool deferred) { state().deferred = deferred; }
+void set_patient(bool patient) { state().patient = patient; }
 void fail_next_allocation() { state().fail_allocation = true; }
 void fail_next_launch() { state().fail_launch = true; }
 void set_driver(bool present) { state().driver = present; }
@@ -350,6 +352,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyK
   if (kind_of(from) == Memory::kHost) {
     // Pageable: staged before the call returns. A graph would read it anew at every replay.
     if (target.capturing) return cudaErrorStreamCaptureUnsupported;
+    if (!state().patient) drain(target);
     const auto* const bytes = static_cast<const char*>(from);
     enqueue(target,
             [copy, staged = std::vector<char>(bytes, bytes + size)] { copy(staged.data()); });
