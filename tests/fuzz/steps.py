@@ -17,7 +17,7 @@ from table import LAYOUTS, Run, lay_out, random
 from torch import Tensor
 from torch.nn import Parameter
 
-from .judge import Judge, assert_same
+from .judge import HALVES, Judge, assert_same
 from .story import COMPLEX, KNOWN, REALS
 from .world import Side, World, values
 
@@ -27,6 +27,13 @@ WIDE = (torch.float64, torch.complex128)
 #: Scales of somebody else's scaler, which keeps them in float32.
 PRESETS = (1.0, 8.0, 3.0, torch.tensor(0.3).item())
 BY_SCALER = ("torch", "unscaled", "fused")
+
+
+def takes_grads_in(side: Side, own: torch.dtype, other: torch.dtype) -> bool:
+    """Whether gradients may have another type than the parameter; torch's rules refuse them."""
+    if side.optimizer.backend == "torch" or own in COMPLEX:
+        return False
+    return side.mixes or (own == torch.float32 and other in HALVES)
 
 
 def takes_sparse(side: Side, group: dict[str, Any], param: Tensor) -> bool:
@@ -60,8 +67,8 @@ def draw_grad(
     sparse = rng.random() < 0.3
     size = scale * rng.choice((1.0, 1.0, 1e-3, 30.0))
     extreme = rng.choice((1e12, 1e-12)) if rng.random() < 0.03 else 1.0
-    if param.dtype in COMPLEX or side.optimizer.backend == "torch":
-        kind = param.dtype  # torch's rules refuse others
+    if not takes_grads_in(side, param.dtype, kind):
+        kind = param.dtype
     if kind == param.dtype and kind in (torch.float32, torch.float64):
         size *= extreme
     grad = values(param.shape, number, kind, size).to(param.device)
@@ -103,7 +110,7 @@ def possible(way: str, side: Side) -> str:
     # Torch's writes, which elements that share memory do not take.
     odd = any(grad.is_sparse or grad.is_complex() or 0 in grad.stride() for grad in grads)
     half = any(grad.dtype == torch.float16 for grad in grads)
-    refused = odd or (half and way == "unscaled")
+    refused = odd or (half and side.unscales(way))
     if way in BY_SCALER and not grads or way in ("torch", "unscaled") and refused:
         return "plain"
     return way
@@ -137,7 +144,7 @@ def step(world: World, rng: Random) -> None:
     shaken = [make_truth(world, Random(i)) for i in range(world.shakes)]
     befores = []
     for side in (ours, *world.twins):
-        if way == "unscaled":
+        if side.unscales(way):
             side.scalers["torch"].unscale_(side.optimizer)
         befores.append(side.snapshot())
         versions = [param._version for param in side.params]
@@ -152,7 +159,9 @@ def step(world: World, rng: Random) -> None:
         others = [None if grad is None else shake(grad, Random(-i)) for grad in grads]
         reference_step(world, run, others, scale, skip)
     for side, before in zip((ours, *world.twins), befores, strict=True):
-        check_report(world, side, norm, skip)
+        called = side.optimizer._step_supports_amp_scaling or not (skip and side.unscales(way))
+        if called:
+            check_report(world, side, norm, skip)
         check_untouched(side, before, grads, skip)
     judge(world, befores[0], truth, shaken, grads)
     go_on_from_ours(world)

@@ -58,6 +58,7 @@ class Story:
         settings: `max_grad_norm` and `skip_nonfinite`.
         groups: Settings of every group, torch's and ours.
         params: Of every group.
+        fused: Whether ours is made with `fused=True`, which lets torch's scaler leave all to it.
         threads: Of the twin.
         instructions: Which of the CPU's instruction sets the twin uses, modulo how many there are.
         events: In order.
@@ -69,6 +70,7 @@ class Story:
     settings: dict[str, Any]
     groups: tuple[dict[str, Any], ...]
     params: tuple[tuple[ParamSpec, ...], ...]
+    fused: bool
     threads: int
     instructions: int
     events: tuple[Event, ...]
@@ -138,6 +140,7 @@ def draw(seed: int, weights: dict[str, float], small: bool = False) -> Story:
         {"max_grad_norm": rng.choice(LIMITS), "skip_nonfinite": rng.random() < 0.3},
         groups,
         tuple(params),
+        rng.random() < 0.5,
         rng.choice((1, 2)),
         rng.randrange(6),
         # However it went, it goes on.

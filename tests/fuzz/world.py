@@ -49,6 +49,7 @@ class Side:
     native: str = "torch"  # its own kernels
     threads: int = 1
     instructions: str | None = None
+    mixes: bool = True  # whether kernels take every combination of types, or only the common ones
     scalers: dict[str, torch.amp.GradScaler] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,6 +61,12 @@ class Side:
     def device(self) -> str:
         """Where its parameters live."""
         return device_of(self.native)
+
+    def unscales(self, way: str) -> bool:
+        """Whether torch's scaler unscales the gradients itself."""
+        return way == "unscaled" or (
+            way == "torch" and not getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        )
 
     @property
     def params(self) -> list[Parameter]:
@@ -144,18 +151,25 @@ class World:
         self.log: list[str] = []
         #: Checkpoints of every side, and the shapes that they are for.
         self.remembered: tuple[list[dict[str, Any]], list[list[torch.Size]]] | None = None
-        self.ours = Side(
-            "ours", self.entry, self.make_ours(self._groups(device_of(backend)), backend), backend
-        )
+        optimizer = self.make_ours(self._groups(device_of(backend)), backend)
+        mixes = backend != "cuda"
+        self.ours = Side("ours", self.entry, optimizer, backend, mixes=mixes)
         self.stock = Side("stock", self.entry, self.make_stock(self._groups("cpu")))
         self.twins = []
         if backend != "torch":
-            optimizer = self.make_ours(self._groups("cpu"), "cpu")
             sets = instruction_sets()
-            choice = sets[story.instructions % len(sets)]
             # Torch's own sums, where its rules take a norm, depend on the threads.
-            count = 1 if any(e.name == "other_backend" for e in story.events) else story.threads
-            self.twins = [Side("the twin", self.entry, optimizer, "cpu", count, choice)]
+            same = any(event.name == "other_backend" for event in story.events)
+            twin = Side(
+                "the twin",
+                self.entry,
+                self.make_ours(self._groups("cpu"), "cpu"),
+                "cpu",
+                1 if same else story.threads,
+                sets[story.instructions % len(sets)],
+                mixes,
+            )
+            self.twins.append(twin)
 
     @property
     def sides(self) -> list[Side]:
@@ -170,8 +184,9 @@ class World:
 
     def make_ours(self, groups: list[dict[str, Any]], backend: str) -> torch.optim.Optimizer:
         """Returns one of ours with the settings of this moment; its group keys may be missing."""
-        optimizer = self.entry.fused(groups, backend=backend, **self.story.options, **self.settings)
-        return leave_scaling_to_step(optimizer)
+        fused = True if self.story.fused else None
+        options = {**self.story.options, **self.settings, "backend": backend, "fused": fused}
+        return self.entry.fused(groups, **options)
 
     def make_stock(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Returns torch's, whose groups carry our keys along."""
@@ -179,7 +194,8 @@ class World:
         always = options.get("decoupled_weight_decay", self.entry.name == "AdamW")
         if self.entry.name not in ("Adam", "AdamW"):
             options.pop("decoupled_weight_decay", None)
-        groups = [{"decoupled_weight_decay": always, **group} for group in groups]
+        plain = {"fused": None} if self.entry.takes("fused") else {}
+        groups = [{"decoupled_weight_decay": always, **group, **plain} for group in groups]
         return self.entry.stock(groups, **options)
 
     def agree(self) -> None:
