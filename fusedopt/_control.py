@@ -107,13 +107,10 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def transforms(group: dict[str, Any], grad: Tensor) -> bool:
-    """Whether something happens to a gradient of ``group`` apart from unscaling and global clip."""
+def limits(group: dict[str, Any]) -> bool:
+    """Whether ``group`` limits gradients, by value or each by its own norm."""
     return (
-        group.get("max_grad_value") is not None
-        or group.get("max_grad_norm_per_param") is not None
-        # Torch's rules look at it through `view_as_real`, which refuses.
-        or (grad.is_complex() and grad.is_conj())
+        group.get("max_grad_value") is not None or group.get("max_grad_norm_per_param") is not None
     )
 
 
@@ -129,7 +126,8 @@ class GradTransform:
         assert param.grad is not None
         # A wider gradient may hold finite values that the parameter's type cannot.
         self._dtype = torch.promote_types(compute_dtype(param), param.grad.dtype)
-        self._changes = unscale != 1.0 or transforms(group, param.grad)
+        # Torch's rules look at a conjugated view through `view_as_real`, which refuses.
+        self._changes = unscale != 1.0 or limits(group) or param.grad.is_conj()
         self._unscale = unscale
         self._max_value: float | None = group.get("max_grad_value")
         self._max_norm: float | None = group.get("max_grad_norm_per_param")

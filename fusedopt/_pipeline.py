@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,11 +169,14 @@ class Pipeline:
             if id(member.param) in left
             or (member.place in self._torch_places and member.param.grad is not None)
         ]
-        names = {id(m.param): (m.group, m.place) for m in members}
+
+        def name_of(param: Tensor) -> str:
+            return next(self._name_of(m.group, m.place) for m in members if m.param is param)
+
         for index, group in self._subgroups(members):
             for name in ("max_grad_norm_per_param", "max_grad_value"):
                 _control.check_limit(name, group.get(name), f"in param group {index}")
-            self._optimizer._check_for_torch(group, lambda param: self._name_of(*names[id(param)]))
+            self._optimizer._check_for_torch(group, name_of)
         return members
 
     def _end(self) -> None:
@@ -299,9 +303,8 @@ class Pipeline:
         grad_scale = self.settings.handed.get("grad_scale")
         found_inf = self.settings.handed.get("found_inf")
         limit = self.settings.max_grad_norm
-        homes = [member.param.device for member in foreign if member.param.device.type != "meta"]
-        places = [*plans, *homes]
-        home = places[0] if places else torch.device("cpu")
+        homes = (member.param.device for member in foreign if member.param.device.type != "meta")
+        home = next(chain(plans, homes), torch.device("cpu"))
         reduces = bool(self.settings.reducing(self._optimizer.param_groups))
         is_plain = grad_scale is None and found_inf is None and not reduces
         unscale: Any = None if is_plain else _control.unscale_factor(grad_scale, home)
@@ -311,8 +314,9 @@ class Pipeline:
         transforms = {
             param: GradTransform(param, group, factor)
             for _, group in groups
+            for everything in [reduces or factor != 1.0 or _control.limits(group)]
             for param in group["params"]
-            if reduces or factor != 1.0 or _control.transforms(group, _grad(param))
+            if everything or _grad(param).is_conj()
         }
         if is_plain:
             self.control = _control.nothing(home)

@@ -130,8 +130,9 @@ class TorchRule:
         in_graph = self.defaults["differentiable"]
         may_write_inference = torch.is_inference_mode_enabled()
         for param in group["params"]:
-            if not may_write_inference:
-                self._check_inference(param, name_of)
+            entries = self.state.get(param) or {}
+            if not may_write_inference and any(map(_is_inference, (param, *entries.values()))):
+                self._refuse_inference(param, entries, name_of)
             # Of an ordinary parameter with an ordinary gradient there is no more to ask.
             if not _is_alike(param.grad, param) or param.is_complex():
                 self._check_param(group, param, name_of)
@@ -140,7 +141,7 @@ class TorchRule:
                     f"{name_of(param)} is a leaf that requires grad, which a differentiable step"
                     " cannot update in place; optimize parameter.clone() instead"
                 )
-            self._check_state(group, param, name_of)
+            self._check_state(group, param, entries, name_of)
         try:
             self._collect(group, _Scratch(self.state))
         except KeyError as error:
@@ -168,12 +169,12 @@ class TorchRule:
                     + (f" {count} numbers" if several else " a number or a tensor of one element")
                 )
 
-    def _check_inference(self, param: Tensor, name_of: Callable[[Tensor], str]) -> None:
-        entries = self.state.get(param) or {}
-        for name in (None, *self._states):
-            tensor = param if name is None else entries.get(name)
-            if isinstance(tensor, Tensor) and tensor.is_inference():
-                what = "the memory" if name is None else f"state {name!r}"
+    def _refuse_inference(
+        self, param: Tensor, entries: dict[str, Any], name_of: Callable[[Tensor], str]
+    ) -> None:
+        states = {f"state {name!r}": entries.get(name) for name in self._states}
+        for what, tensor in {"the memory": param, **states}.items():
+            if _is_inference(tensor):
                 raise RuntimeError(
                     f"{what} of {name_of(param)} is an inference tensor, which only"
                     " torch.inference_mode() may write; step there, or put a clone in its place"
@@ -211,10 +212,13 @@ class TorchRule:
             )
 
     def _check_state(
-        self, group: dict[str, Any], param: Tensor, name_of: Callable[[Tensor], str]
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        entries: dict[str, Any],
+        name_of: Callable[[Tensor], str],
     ) -> None:
         """The part of `_check_for_torch` that looks at one parameter's state."""
-        entries = self.state.get(param) or {}
         if not isinstance(entries.get("step", param), Tensor):
             raise TypeError(
                 f"'step' in the state of {name_of(param)} is {entries['step']!r}; expected a 0-dim"
@@ -275,6 +279,10 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_inference(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_inference()
 
 
 def _is_alike(value: Any, param: Tensor) -> bool:

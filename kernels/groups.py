@@ -152,8 +152,7 @@ def _value(index: int, group: Mapping[str, Any], name: str) -> Any:
         return group[key][int(item)]
     except (IndexError, TypeError):
         raise TypeError(
-            f"{key!r} of param group {index} is {group[key]!r}; expected at least {int(item) + 1}"
-            " numbers"
+            f"{key!r} of param group {index} is {group[key]!r}; expected 2 numbers"
         ) from None
 
 

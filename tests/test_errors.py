@@ -287,7 +287,7 @@ def test_betas_that_are_not_two(backend, betas):
     params = make_params([(3,)], device=device_of(backend))
     run = Run(params, make_fused(TABLE["Adam"], params, backend)).steps(1)
     run.optimizer.param_groups[0]["betas"] = betas
-    with pytest.raises(TypeError, match=r"'betas' of param group 0 is .*; expected (at least )?2"):
+    with pytest.raises(TypeError, match=r"'betas' of param group 0 is .*; expected 2 numbers"):
         run.steps(1)
 
 

@@ -203,9 +203,8 @@ struct Groups::Reader {
     auto element = py::reinterpret_steal<py::object>(PySequence_GetItem(value.ptr(), key.index));
     if (!element) {
       PyErr_Clear();
-      throw py::type_error("'" + text_of(key.name) + "' of param group " + std::to_string(index) +
-                           " is " + py::repr(value).cast<std::string>() + "; expected at least " +
-                           std::to_string(key.index + 1) + " numbers");
+      throw py::type_error(what(key.name) + " is " + py::repr(value).cast<std::string>() +
+                           "; expected 2 numbers");
     }
     return element;
   }
