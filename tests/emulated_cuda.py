@@ -170,6 +170,7 @@ def install() -> None:
             "current_accelerator": lambda check_available=False: torch.device("cuda"),
             "current_stream": lambda device=None: types.SimpleNamespace(is_capturing=_capturing),
         },
+        torch.version: {"cuda": "13.0"},
         triton: {"unavailable": lambda: "Triton's kernels cannot run on an emulated GPU"},
         torch.UntypedStorage: {"__new__": staticmethod(_new_storage)},
     }
