@@ -58,7 +58,7 @@ class Story:
         settings: `max_grad_norm` and `skip_nonfinite`.
         groups: Settings of every group, torch's and ours.
         params: Of every group.
-        fused: Whether ours is made with `fused=True`, which lets torch's scaler leave all to it.
+        fused: Whether torch's scaler leaves unscaling and skipping to ours, as with `fused=True`.
         threads: Of the twin.
         instructions: Which of the CPU's instruction sets the twin uses, modulo how many there are.
         events: In order.
