@@ -24,7 +24,6 @@ KNOWN = {
     "lifetime",  # a plan keeps parameters and states until the next step
     "norm order",  # backends add up a norm in orders of their own, which float64 shows
     "versions",  # native steps do not count them up, so autograd misses writes
-    "param_expanded",  # torch's rule raises in the middle of a step
     "state_list",  # the message blames another thread
 }
 
