@@ -273,7 +273,12 @@ def judge(
     grads: Sequence[Tensor | None],
 ) -> None:
     """Counters exactly, everything else within the errors that `Judge` allows."""
-    found = Judge()
+    limits = [group.get("max_grad_norm_per_param") for group in world.stock.optimizer.param_groups]
+    clips = any(limit is not None for limit in (world.settings["max_grad_norm"], *limits))
+    present = [grad for grad in grads if grad is not None]
+    kinds = {p.dtype for p, grad in zip(world.ours.params, grads, strict=True) if grad is not None}
+    narrow = clips and not kinds <= set(WIDE)
+    found = Judge(sum(grad.numel() for grad in present) if clips else 0, narrow)
     ours, stock, exact = (run.tensors() for run in (world.ours.run(), world.stock.run(), truth))
     others = [run.tensors() for run in shaken]
     assert not stock.keys() - ours.keys(), f"missing: {sorted(stock.keys() - ours.keys())}"

@@ -24,7 +24,6 @@ KNOWN = {
     "lifetime",  # a plan keeps parameters and states until the next step
     "norm order",  # backends add up a norm in orders of their own, which float64 shows
     "versions",  # native steps do not count them up, so autograd misses writes
-    "param_expanded",  # torch's rule raises in the middle of a step
     "state_list",  # the message blames another thread
 }
 
@@ -58,7 +57,7 @@ class Story:
         settings: `max_grad_norm` and `skip_nonfinite`.
         groups: Settings of every group, torch's and ours.
         params: Of every group.
-        fused: Whether ours is made with `fused=True`, which lets torch's scaler leave all to it.
+        fused: Whether torch's scaler leaves unscaling and skipping to ours, as with `fused=True`.
         threads: Of the twin.
         instructions: Which of the CPU's instruction sets the twin uses, modulo how many there are.
         events: In order.

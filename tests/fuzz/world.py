@@ -184,9 +184,8 @@ class World:
 
     def make_ours(self, groups: list[dict[str, Any]], backend: str) -> torch.optim.Optimizer:
         """Returns one of ours with the settings of this moment; its group keys may be missing."""
-        fused = True if self.story.fused else None
-        options = {**self.story.options, **self.settings, "backend": backend, "fused": fused}
-        return self.entry.fused(groups, **options)
+        optimizer = self.entry.fused(groups, backend=backend, **self.story.options, **self.settings)
+        return leave_scaling_to_step(optimizer) if self.story.fused else optimizer
 
     def make_stock(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Returns torch's, whose groups carry our keys along."""
