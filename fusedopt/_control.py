@@ -46,8 +46,20 @@ def unscale_factor(grad_scale: Any, device: torch.device) -> Tensor:
     """Returns 1 / grad_scale as a 0-dim float64 tensor on ``device``; 1 without a scale."""
     if grad_scale is None:
         return torch.ones((), dtype=torch.float64, device=device)
-    scale = torch.as_tensor(grad_scale, dtype=torch.float64, device=device).reshape(())
-    return scale.reciprocal()
+    return _one_number("grad_scale", grad_scale, device).reciprocal()
+
+
+def _one_number(name: str, value: Any, device: torch.device) -> Tensor:
+    """Returns what a scaler handed over as a 0-dim float64 tensor on ``device``."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} is a tensor of {value.numel()} elements; expected a number or a tensor of"
+                " one element"
+            )
+    elif not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; expected a number or a tensor of one element")
+    return torch.as_tensor(value, dtype=torch.float64, device=device).reshape(())
 
 
 def nothing(device: torch.device) -> torch.Tensor:
@@ -83,7 +95,7 @@ def settle(
     clip = one if max_grad_norm is None else clip_coefficient(norm, max_grad_norm)
     skip = nonfinite if skip_nonfinite else torch.zeros_like(nonfinite)
     if found_inf is not None:
-        skip = skip | (torch.as_tensor(found_inf, device=device).reshape(()) != 0)
+        skip = skip | (_one_number("found_inf", found_inf, device) != 0)
     return torch.stack([unscale, clip, norm, nonfinite.to(torch.float64), skip.to(torch.float64)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +63,12 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
         fused: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        for name in kwargs.keys() - self._torch_keys():
+            known = [*self._torch_keys(), *GROUP_KEYS, *SETTINGS]
+            raise TypeError(
+                f"{type(self).__name__}() got an unexpected keyword argument {name!r}"
+                + "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, known, 1))
+            )
         self._pipeline = Pipeline(self)
         self.max_grad_norm = max_grad_norm
         self.backend = read_backend(backend, fused)
@@ -101,6 +108,11 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
                     raise ValueError(
                         f"{name} is {param_group[name]!r} {where}, but it belongs to the optimizer"
                         f" as a whole; {self._way_out(name)}"
+                    )
+            for name in param_group.keys() - self.defaults.keys() - set(GROUP_KEYS):
+                if near := get_close_matches(str(name), GROUP_KEYS, 1, 0.9):
+                    raise ValueError(
+                        f"{name!r} is set {where}, but nothing reads it; did you mean {near[0]!r}?"
                     )
             self._check_group_keys(param_group, where)
         super().add_param_group(param_group)

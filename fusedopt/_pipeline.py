@@ -92,15 +92,10 @@ class Pipeline:
                 self.reset()
         try:
             foreign = self._begin()
-            if self._holds_shards and self._reduces():
-                entries = _routing.members_of(self._optimizer.param_groups)
-                raise NotImplementedError(
-                    _routing.refusal(
-                        [member.param for member in entries],
-                        self._reducing(),
-                        self.settings.checks_for_scaler,
-                    )
-                )
+            groups = self._optimizer.param_groups
+            if self._holds_shards and (wanted := self.settings.reducing(groups)):
+                params = [member.param for member in _routing.members_of(groups)]
+                raise NotImplementedError(_routing.refusal(params, wanted))
             if self._only_plan is None or foreign:
                 self._step_together(foreign, skip_nonfinite)
                 return
@@ -126,20 +121,6 @@ class Pipeline:
             self.control = plan.control
         return attention
 
-    def _reducing(self) -> list[str]:
-        """Returns the options that are set and need all gradients before the first update."""
-        per_param = "max_grad_norm_per_param"
-        is_set = {
-            "max_grad_norm": self.settings.max_grad_norm is not None,
-            per_param: any(g.get(per_param) is not None for g in self._optimizer.param_groups),
-            "skip_nonfinite": self.settings.skip_nonfinite,
-        }
-        return [name for name, value in is_set.items() if value]
-
-    def _reduces(self) -> bool:
-        """Whether a step needs to know all gradients before the first update."""
-        return self.settings.checks_for_scaler or bool(self._reducing())
-
     def backend_of(self, param: Tensor) -> str:
         """Returns the name of the backend that updates ``param``."""
         with self._lock:
@@ -159,6 +140,11 @@ class Pipeline:
 
     def _begin(self) -> list[Member]:
         """Brings the plans to the beginning of this step; returns what is left to torch's rules."""
+        if not isinstance(self._optimizer.state, dict):
+            raise TypeError(
+                f"optimizer.state is {self._optimizer.state!r}; expected a dict. Start over with"
+                " optimizer.state = collections.defaultdict(dict)"
+            )
         # A first look may find a plan outdated, a second state missing.
         for _ in range(3):
             entries = _routing.members_of(self._optimizer.param_groups)
@@ -225,11 +211,6 @@ class Pipeline:
 
     def _build(self, entries: list[Member]) -> None:
         optimizer = self._optimizer
-        if not isinstance(optimizer.state, dict):
-            raise TypeError(
-                f"optimizer.state is {optimizer.state!r}; expected a dict. Start over with"
-                " optimizer.state = collections.defaultdict(dict)"
-            )
         _refuse_while_capturing({member.param.device.type for member in entries})
         optimizer._check_capturable()
         self._built_over = _routing.identities(entries)
@@ -321,7 +302,7 @@ class Pipeline:
         homes = [member.param.device for member in foreign if member.param.device.type != "meta"]
         places = [*plans, *homes]
         home = places[0] if places else torch.device("cpu")
-        reduces = self._reduces()
+        reduces = bool(self.settings.reducing(self._optimizer.param_groups))
         is_plain = grad_scale is None and found_inf is None and not reduces
         unscale: Any = None if is_plain else _control.unscale_factor(grad_scale, home)
         # Torch's rules take numbers of the host: with them, a step may synchronise.

@@ -157,28 +157,26 @@ def _is_dtensor(param: Tensor) -> bool:
     return kind is not None and isinstance(param, kind)
 
 
-def refusal(params: Iterable[Tensor], options: Iterable[str], by_scaler: bool) -> str:
+def refusal(params: Iterable[Tensor], wanted: list[str]) -> str:
     """Says why a step that needs all gradients cannot run over shards, and what to do.
 
     Args:
         params: Of the optimizer, a shard among them.
-        options: Those that need all gradients, as they were set.
-        by_scaler: Whether `fusedopt.GradScaler` needs them too.
+        wanted: Names of the options that need all gradients, and of the scaler that does.
     """
     shard = next(filter(is_shard, params))
     is_dtensor = _is_dtensor(shard)
     kind = type(shard).__name__ if is_dtensor else "parameter sharded by FullyShardedDataParallel"
     remedies = []
-    if options := list(options):
+    if options := [name for name in wanted if "GradScaler" not in name]:
         clip = "torch.nn.utils.clip_grad_norm_" if is_dtensor else "FSDP.clip_grad_norm_"
         clips = any("norm" in name for name in options)
         remedies.append(
             f"leave {', '.join(options)} unset" + f" and clip with {clip} before the step" * clips
         )
-    if by_scaler:
+    if options != wanted:
         scaler = "torch.amp.GradScaler" if is_dtensor else "ShardedGradScaler of torch's FSDP"
         remedies.append(f"use {scaler} instead of fusedopt.GradScaler")
-    wanted = [*options, *["fusedopt.GradScaler"] * by_scaler]
     return (
         f"{', '.join(wanted)} over a {kind} would see only this process's shard of the gradients;"
         f" {' and '.join(remedies)}"

@@ -81,6 +81,17 @@ class Settings:
         """Whether inf or nan in a gradient skips the step, whoever wants that."""
         return self.skip_nonfinite or self.checks_for_scaler
 
+    def reducing(self, param_groups: list[dict[str, Any]]) -> list[str]:
+        """Returns the names of what needs to know all gradients before the first update."""
+        per_param = "max_grad_norm_per_param"
+        wanted = {
+            "max_grad_norm": self.max_grad_norm is not None,
+            per_param: any(group.get(per_param) is not None for group in param_groups),
+            "skip_nonfinite": self.skip_nonfinite,
+            "fusedopt.GradScaler": self.checks_for_scaler,
+        }
+        return [name for name, is_wanted in wanted.items() if is_wanted]
+
 
 def check_flag(name: str, value: Any, where: str) -> bool:
     """Returns a flag as a bool; None counts as False, as in torch. Raises ValueError for others."""

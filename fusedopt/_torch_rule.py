@@ -160,10 +160,12 @@ class TorchRule:
             if name in GROUP_KEYS or not (several or _is_number(default)):
                 continue
             values = group[name] if several else (group[name],)
-            if not isinstance(values, (tuple, list)) or not all(map(_is_number, values)):
+            count = len(default) if several else 1
+            fits = isinstance(values, (tuple, list)) and len(values) == count
+            if not fits or not all(map(_is_number, values)):
                 raise TypeError(
                     f"{name!r} of {where} is {group[name]!r}; expected"
-                    f" {'numbers' if several else 'a number'} or a tensor of one element"
+                    + (f" {count} numbers" if several else " a number or a tensor of one element")
                 )
 
     def _check_inference(self, param: Tensor, name_of: Callable[[Tensor], str]) -> None:

@@ -146,7 +146,15 @@ def _value(index: int, group: Mapping[str, Any], name: str) -> Any:
             f"param group {index} has no {key!r}; add groups with add_param_group, which fills in "
             "the defaults"
         )
-    return group[key][int(item)] if item else group[key]
+    if not item:
+        return group[key]
+    try:
+        return group[key][int(item)]
+    except (IndexError, TypeError):
+        raise TypeError(
+            f"{key!r} of param group {index} is {group[key]!r}; expected at least {int(item) + 1}"
+            " numbers"
+        ) from None
 
 
 def _number(index: int, group: Mapping[str, Any], name: str) -> float:

@@ -236,6 +236,61 @@ def test_limit_written_into_a_group(entry, backend):
         run.steps(1)
 
 
+@OURS
+def test_misspelt_names(entry):
+    """What is close to a name of ours is told so, and not silently kept by the group."""
+    with pytest.raises(TypeError, match=r"'max_norm'; did you mean 'max_grad_norm'\?"):
+        entry.fused(make_params(), max_norm=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'unheard_of'$"):
+        entry.fused(make_params(), unheard_of=1.0)
+    group = {"params": make_params(), "max_grad_norm_per_parm": 1.0}
+    with pytest.raises(ValueError, match=r"param group 0.*did you mean 'max_grad_norm_per_param'"):
+        entry.fused([group])
+    optimizer = entry.fused([{"params": make_params(), "initial_lr": 1.0, "name": "head"}])
+    assert optimizer.param_groups[0]["name"] == "head"
+
+
+@OURS
+@pytest.mark.parametrize("value", ["no", 1, "False"])
+def test_flags_that_are_no_flags(entry, value):
+    """A string is true to Python; None is False, as in torch."""
+    for name in ("skip_nonfinite", "decoupled_weight_decay"):
+        with pytest.raises(ValueError, match=rf"^{name} is {value!r} .*expected True or False"):
+            entry.fused(make_params(), **{name: value})
+        assert name not in entry.fused(make_params(), **{name: None}).param_groups[0] or (
+            name in entry.stock(make_params()).defaults
+        )
+    with pytest.raises(ValueError, match=rf"^fused is {value!r} .*expected True, False or None"):
+        entry.fused(make_params(), fused=value)
+
+
+@OURS
+@BACKENDS
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+def test_what_a_scaler_cannot_have_meant(entry, backend, name):
+    """No number, or several of them."""
+    params = make_params([(3,)], device=device_of(backend))
+    run = Run(params, make_fused(entry, params, backend)).steps(1)
+    before = params[0].detach().clone()
+    for value, text in (("x", "is 'x'"), (torch.ones(2), "is a tensor of 2 elements")):
+        setattr(run.optimizer, name, value)
+        with pytest.raises((TypeError, ValueError), match=f"^{name} {text}; expected a number or"):
+            run.optimizer.step()
+        delattr(run.optimizer, name)
+        assert torch.equal(before, params[0])
+
+
+@BACKENDS
+@pytest.mark.parametrize("betas", [(0.9,), 0.9, None], ids=repr)
+def test_betas_that_are_not_two(backend, betas):
+    """Written into a group later; the message names them."""
+    params = make_params([(3,)], device=device_of(backend))
+    run = Run(params, make_fused(TABLE["Adam"], params, backend)).steps(1)
+    run.optimizer.param_groups[0]["betas"] = betas
+    with pytest.raises(TypeError, match=r"'betas' of param group 0 is .*; expected (at least )?2"):
+        run.steps(1)
+
+
 @pytest.fixture
 def build_info(monkeypatch):
     """Lets a test pretend that the extension was built another way; None: not at all."""

@@ -100,7 +100,7 @@ def test_no_synchronisation(entry, backend, options):
 def test_no_synchronisation_with_a_scaler(backend, scaler_class, unscale_first):
     """Both scalers, with and without `unscale_`; inf in between halves the scale and skips."""
     params = make_params(SHAPES, device="cuda")
-    optimizer = make_fused(TABLE["AdamW"], params, backend, max_grad_norm=1.0)
+    optimizer = make_fused(TABLE["AdamW"], params, backend, max_grad_norm=1.0, fused=True)
     scaler = scaler_class("cuda", init_scale=1024.0)
     scaler.scale(torch.ones((), device="cuda"))
 

@@ -201,7 +201,12 @@ struct Groups::Reader {
     if (key.index < 0) return value;
     holds_mutable |= !PyTuple_Check(value.ptr());
     auto element = py::reinterpret_steal<py::object>(PySequence_GetItem(value.ptr(), key.index));
-    if (!element) throw py::error_already_set();
+    if (!element) {
+      PyErr_Clear();
+      throw py::type_error("'" + text_of(key.name) + "' of param group " + std::to_string(index) +
+                           " is " + py::repr(value).cast<std::string>() + "; expected at least " +
+                           std::to_string(key.index + 1) + " numbers");
+    }
     return element;
   }
 
