@@ -22,7 +22,6 @@ LIMITS = (None, None, None, 0.3, 3.0, float("inf"))
 #: What does not hold yet, by name: nothing is to be left here.
 KNOWN = {
     "lifetime",  # a plan keeps parameters and states until the next step
-    "norm order",  # backends add up a norm in orders of their own, which float64 shows
     "versions",  # native steps do not count them up, so autograd misses writes
     "state_list",  # the message blames another thread
 }
