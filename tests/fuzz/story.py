@@ -19,12 +19,6 @@ COMPLEX = (torch.complex64, torch.complex128)
 LARGE = (16384 + 77,)
 SHAPES = ((), (0,), (1,), (3, 0, 2), (7,), (33,), (5, 3), (2, 3, 4, 5), (1, 17), (4, 1, 6), (1031,))
 LIMITS = (None, None, None, 0.3, 3.0, float("inf"))
-#: What does not hold yet, by name: nothing is to be left here.
-KNOWN = {
-    "lifetime",  # a plan keeps parameters and states until the next step
-    "versions",  # native steps do not count them up, so autograd misses writes
-    "state_list",  # the message blames another thread
-}
 
 
 @dataclass(frozen=True)
