@@ -161,7 +161,7 @@ class Pipeline:
                 self._create_state(entries, missing)
             self.reset()
         else:
-            raise self._unstable(entries, missing)
+            raise RuntimeError(_CHANGED)
         left = {id(param) for param in foreign}
         members = [
             member
@@ -183,19 +183,6 @@ class Pipeline:
         """Lets go of what the plans keep alive during a step."""
         for plan in (self._plans or {}).values():
             plan.end()
-
-    def _unstable(self, entries: list[Member], missing: list[Tensor]) -> Exception:
-        """Says why the plans could not be brought in order."""
-        wanted = {id(param) for param in missing}
-        for group, place, param in entries:
-            for name, value in self._optimizer.state.get(param, {}).items():
-                if id(param) in wanted and not isinstance(value, Tensor):
-                    return ValueError(
-                        f"state {name!r} of {self._name_of(group, place)} is {value!r}; expected a"
-                        f" tensor like the parameter, {describe(param)}. Load a matching"
-                        " checkpoint, or delete optimizer.state[parameter]"
-                    )
-        return RuntimeError(_CHANGED)
 
     def _name_of(self, group: int, place: int) -> str:
         before = self._optimizer.param_groups[:group]
@@ -286,6 +273,7 @@ class Pipeline:
         by_group = defaultdict(list)
         for member in entries:
             if id(member.param) in wanted:
+                self._check_given(member)
                 by_group[member.group].append(member.param)
         for index, members in by_group.items():
             try:
@@ -296,6 +284,20 @@ class Pipeline:
                     f"the state of a parameter of param group {index} has no {name!r}; load a whole"
                     " checkpoint, or delete optimizer.state[parameter] to start it anew"
                 ) from error
+
+    def _check_given(self, member: Member) -> None:
+        """Raises ValueError for what stands in a parameter's state and is no tensor."""
+        entries = self._optimizer.state.get(member.param) or {}
+        for name in self._optimizer._states:
+            value = entries.get(name, member.param)
+            # None is torch's word for a momentum that is yet to come.
+            if isinstance(value, Tensor) or (value is None and not self._optimizer._has_step):
+                continue
+            raise ValueError(
+                f"state {name!r} of {self._name_of(member.group, member.place)} is {value!r};"
+                f" expected a tensor like the parameter, {describe(member.param)}. Load a matching"
+                " checkpoint, or delete optimizer.state[parameter]"
+            )
 
     def _step_together(self, foreign: list[Member], skip_nonfinite: bool) -> None:
         """Runs a step over several plans or with torch's rules, under one norm and skip flag."""

@@ -99,11 +99,11 @@ def test_norm_clips(entry, backend, dtype, limit):
 @OURS
 @BACKENDS
 def test_norm_of_ordinary_gradients(entry, backend):
-    """The sum of squares has float64's error, in whatever order it is made."""
+    """The sum of squares is made in one order, so that its bits are the CPU's."""
     gpu, cpu = twins(entry, backend, SHAPES, **richest(entry), max_grad_norm=0.3)
     step_both(gpu, cpu, 1)
     ours, theirs = (run.optimizer._pipeline.control.cpu() for run in (gpu, cpu))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    assert ours.tolist() == theirs.tolist()
 
 
 @OURS

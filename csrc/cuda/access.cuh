@@ -33,9 +33,10 @@ struct ApplyTypes {
   // Values of the compute type that an access holds, and blocks that a multiprocessor shall hold:
   // as many as there are registers for.
   static constexpr int kRegisters = kVector * (2 + kStates);
-  static constexpr int kBlocks = kStates == 0                                           ? 5
-                                 : kRegisters <= 16 && sizeof(Compute) == sizeof(float) ? 4
-                                                                                        : 3;
+  static constexpr int kBlocks = sizeof(Compute) != sizeof(float) ? 3
+                                 : kStates == 0                   ? 5
+                                 : kRegisters <= 16               ? 4
+                                                                  : 3;
 };
 
 // The values of one access on their way through registers.

@@ -68,14 +68,16 @@ __global__ void __launch_bounds__(kThreads, Types::kBlocks)
       params.control != nullptr ? params.piece_count - 1 - blockIdx.x : int64_t{blockIdx.x};
   const Piece piece = has_piece ? params.pieces[index] : Piece{0, 0, params.rows[0]};
   const TensorRow& row = params.table.tensors[piece.tensor];
-  PieceAccess<Types>::prefetch(row, params.table.grads[piece.tensor], piece);
+  const void* const grad = params.table.grads[piece.tensor];
+  PieceAccess<Types>::prefetch(row, grad, piece);
 
   alignas(PieceNumbers<Types>) __shared__ unsigned char shared[sizeof(PieceNumbers<Types>)];
   auto* address = reinterpret_cast<PieceNumbers<Types>*>(shared);
   // With three states of 8 elements there is no register left for it.
   if constexpr (Types::kRegisters < 40) address = hold_shared_address(address);
   PieceNumbers<Types>& numbers = *address;
-  if (threadIdx.x == 0) {
+  // A row without a gradient may have no counter yet.
+  if (threadIdx.x == 0 && grad != nullptr) {
     const GroupRow& group = params.table.groups[row.group];
     // Without a gradient there may be no counter either.
     const bool counts = params.table.grads[piece.tensor] != nullptr;
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, Types::kBlocks)
   }
   __syncthreads();
 
-  const PieceAccess<Types> access(row, params.table.grads[piece.tensor], piece);
+  const PieceAccess<Types> access(row, grad, piece);
   uint32_t ticket = 0;
   if (threadIdx.x == 0) ticket = add_acquire_release(params.ticket, 1u);
 #pragma unroll 1

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 import fusedopt
 
-from .world import Side, World, leave_scaling_to_step
+from .world import Side, World
 
 
 def _fresh(world: World, side: Side, params: list[Parameter], kind: str) -> torch.optim.Optimizer:
@@ -48,8 +48,8 @@ def reload(world: World, rng: Random) -> None:
             stock = _fresh(world, side, params, "stock")
             stock.load_state_dict(checkpoint)
             if how == "from_torch" and side is not world.stock:
-                side.optimizer = leave_scaling_to_step(
-                    fusedopt.from_torch(stock, backend=side.optimizer.backend, **world.settings)
+                side.optimizer = fusedopt.from_torch(
+                    stock, backend=side.optimizer.backend, **world.settings
                 )
                 continue
             checkpoint = stock.state_dict()

@@ -13,7 +13,7 @@ from .events import WEIGHTS
 from .judge import InaccurateError
 from .refusals import refuse
 from .steps import step
-from .story import KNOWN, Story, draw
+from .story import Story, draw
 from .world import World
 
 #: What may happen, by name, and how often.
@@ -71,8 +71,7 @@ def play(story: Story, backend: str, shakes: int = 0) -> None:
             with threads(1):
                 EVENTS[event.name](world, Random(event.seed))
                 world.agree()
-            if "lifetime" not in KNOWN:
-                world.let_go()
+            world.let_go()
     except Exception as error:
         if not isinstance(error, InaccurateError) or shakes > 0:
             raise StoryError(story, backend, log, traceback.format_exc()) from None

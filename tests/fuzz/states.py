@@ -40,15 +40,20 @@ def _each_state(world: World, rng: Random) -> list[tuple[dict[str, Any], str]]:
 def replace_state(world: World, rng: Random) -> None:
     """Exchanges a state tensor for another with other values, perhaps of another layout."""
     layout = rng.choice(LAYOUTS)
-    for entries, name in _each_state(world, rng):
+    found = _each_state(world, rng)
+    for entries, name in found:
         world.gone.append(weakref.ref(entries[name]))
-        entries[name] = lay_out(entries[name].detach() * 2, layout)
+        # Ours may be of a wider type than stock torch's, which gets the same numbers, rounded.
+        numbers = found[0][0][name].detach() if entries is not found[0][0] else entries[name] * 2
+        entries[name] = lay_out(numbers.detach().to(entries[name]), layout)
 
 
 def write_state(world: World, rng: Random) -> None:
     """Writes into a state tensor."""
-    for entries, name in _each_state(world, rng):
-        entries[name].mul_(2)
+    found = _each_state(world, rng)
+    for entries, name in found:
+        first = found[0][0][name]
+        entries[name].copy_(first * 2 if entries[name] is first else first)
 
 
 def move_state(world: World, rng: Random) -> None:

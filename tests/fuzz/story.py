@@ -19,14 +19,6 @@ COMPLEX = (torch.complex64, torch.complex128)
 LARGE = (16384 + 77,)
 SHAPES = ((), (0,), (1,), (3, 0, 2), (7,), (33,), (5, 3), (2, 3, 4, 5), (1, 17), (4, 1, 6), (1031,))
 LIMITS = (None, None, None, 0.3, 3.0, float("inf"))
-#: What does not hold yet, by name: nothing is to be left here.
-KNOWN = {
-    "lifetime",  # a plan keeps parameters and states until the next step
-    "norm order",  # backends add up a norm in orders of their own, which float64 shows
-    "versions",  # native steps do not count them up, so autograd misses writes
-    "param_expanded",  # torch's rule raises in the middle of a step
-    "state_list",  # the message blames another thread
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Story:
         settings: `max_grad_norm` and `skip_nonfinite`.
         groups: Settings of every group, torch's and ours.
         params: Of every group.
-        fused: Whether ours is made with `fused=True`, which lets torch's scaler leave all to it.
+        fused: Whether torch's scaler leaves unscaling and skipping to ours, as with `fused=True`.
         threads: Of the twin.
         instructions: Which of the CPU's instruction sets the twin uses, modulo how many there are.
         events: In order.
