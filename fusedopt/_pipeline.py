@@ -362,9 +362,7 @@ class Pipeline:
             ]
         alone = set(map(id, single))
         if whole := [param for param in group["params"] if id(param) not in alone]:
-            # What is listed twice is updated twice: one after the other, not side by side.
-            twice = len(set(map(id, whole))) < len(whole)
-            apply({**group, "params": whole, **({"foreach": False} if twice else {})}, None)
+            apply({**group, "params": whole}, None)
         for param in single:
             grads = [transforms[param].apply(_grad(param), clip)] if param in transforms else None
             apply({**group, "params": [param]}, grads)
@@ -377,7 +375,15 @@ class Pipeline:
         return [(index, self._subgroup(index, params)) for index, params in by_group.items()]
 
     def _subgroup(self, index: int, params: list[Tensor]) -> dict[str, Any]:
-        return {**self._optimizer.param_groups[index], "params": params}
+        group = {**self._optimizer.param_groups[index], "params": params}
+        # What kernels leave to torch may share memory: one after another, as on the CPU. On a GPU
+        # torch would by itself take them side by side.
+        choice = self._optimizer.backend
+        if choice != "torch" and (
+            choice != "auto" or backends.for_device(choice, params[0].device) is not None
+        ):
+            group["foreach"] = False
+        return group
 
 
 _CHANGED = (

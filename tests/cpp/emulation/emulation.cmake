@@ -27,7 +27,7 @@ foreach(rule IN LISTS FUSEDOPT_RULES)
                                            FUSEDOPT_RULE_HEADER="rules/${rule}.h")
 endforeach()
 
-foreach(test IN ITEMS cuda_emulation_test cuda_plan_test)
+foreach(test IN ITEMS cuda_emulation_test cuda_plan_test cuda_strict_test)
   target_sources(${test} PRIVATE ${FUSEDOPT_CUDA_EMULATED_OBJECTS})
   target_include_directories(${test} BEFORE PRIVATE ${emulation_dir})
 endforeach()

@@ -59,9 +59,10 @@ Graph end_capture(cudaStream_t stream);
 // Replays a graph in the order of a stream. It must live until then.
 void replay(const Graph& graph, cudaStream_t stream);
 
-// Holds up a stream until the gate is opened, from another thread, or 10 seconds have passed, which
-// is a violation.
+// Holds up a stream until the gate is opened, from another thread, or too much time has passed,
+// which is a violation.
 void enqueue_gate(cudaStream_t stream);
+void set_gate_seconds(double seconds);
 void open_gate();
 
 // Strict: kernels may be given memory of their own device only, alive in the order of the stream.

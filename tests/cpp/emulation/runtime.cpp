@@ -30,6 +30,7 @@ struct State {
   std::mutex gate_mutex;
   std::condition_variable gate;
   bool gate_open = false;
+  double gate_seconds = 10.0;
 
   State() {
     for (int device = 0; device < kDevices; ++device) {
@@ -194,11 +195,14 @@ void enqueue_gate(cudaStream_t stream) {
   state().gate_open = false;
   enqueue(resolve(stream), [] {
     std::unique_lock lock(state().gate_mutex);
-    if (!state().gate.wait_for(lock, std::chrono::seconds(10), [] { return state().gate_open; })) {
+    if (!state().gate.wait_for(lock, std::chrono::duration<double>(state().gate_seconds),
+                               [] { return state().gate_open; })) {
       report("the gate was not opened: the thread that should do so was held up");
     }
   });
 }
+
+void set_gate_seconds(double seconds) { state().gate_seconds = seconds; }
 
 void open_gate() {
   const std::lock_guard lock(state().gate_mutex);
