@@ -377,11 +377,12 @@ class Pipeline:
     def _subgroup(self, index: int, params: list[Tensor]) -> dict[str, Any]:
         group = {**self._optimizer.param_groups[index], "params": params}
         # What kernels leave to torch may share memory: one after another, as on the CPU. On a GPU
-        # torch would by itself take them side by side.
-        choice = self._optimizer.backend
-        if choice != "torch" and (
+        # torch would by itself take them side by side, as it may what no kernel serves (DTensor).
+        choice = self.settings.backend
+        served = choice != "torch" and (
             choice != "auto" or backends.for_device(choice, params[0].device) is not None
-        ):
+        )
+        if served and all(_routing.not_plain(param) is None for param in params):
             group["foreach"] = False
         return group
 
