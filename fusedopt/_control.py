@@ -39,7 +39,8 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     """Returns min(1, max_norm / (norm + 1e-6)) with NaN coming through; 1 for an infinite limit."""
     if math.isinf(max_norm):
         return torch.ones_like(norm)
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    # A number over a tensor would be its reciprocal times the number, rounded twice.
+    return torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)
 
 
 def unscale_factor(grad_scale: Any, device: torch.device) -> Tensor:
