@@ -50,8 +50,8 @@ def unscale_factor(grad_scale: Any, device: torch.device) -> Tensor:
     return _one_number("grad_scale", grad_scale, device).reciprocal()
 
 
-def _one_number(name: str, value: Any, device: torch.device) -> Tensor:
-    """Returns what a scaler handed over as a 0-dim float64 tensor on ``device``."""
+def check_one_number(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless a scaler handed over a number or one element."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
@@ -60,6 +60,11 @@ def _one_number(name: str, value: Any, device: torch.device) -> Tensor:
             )
     elif not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}; expected a number or a tensor of one element")
+
+
+def _one_number(name: str, value: Any, device: torch.device) -> Tensor:
+    """Returns what a scaler handed over as a 0-dim float64 tensor on ``device``."""
+    check_one_number(name, value)
     return torch.as_tensor(value, dtype=torch.float64, device=device).reshape(())
 
 
@@ -133,6 +138,8 @@ class GradTransform:
         self._max_value: float | None = group.get("max_grad_value")
         self._max_norm: float | None = group.get("max_grad_norm_per_param")
         self._own_clip = 1.0
+        if self._max_value is not None and self._max_value > torch.finfo(self._dtype).max:
+            self._max_value = None  # to kernels, too, it is infinite
         if self._max_value is not None and param.is_complex():
             raise ValueError(
                 f"max_grad_value is {self._max_value}, but a complex gradient has no order;"

@@ -32,7 +32,7 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> Any:
         optimizer: An instance of ``torch.optim.Adam``, ``AdamW``, ``SGD``, ``RMSprop``, ``Adagrad``
             or ``Adadelta``.
         **extras: Keyword arguments of the twin's constructor, such as ``max_grad_norm``; they win
-            over the optimizer's own.
+            over the optimizer's own, in all its groups.
 
     Returns:
         An instance of the fusedopt class of the same name.
@@ -62,7 +62,7 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> Any:
         params = group["params"]
         if "param_names" in group:
             params = list(zip(group["param_names"], params, strict=True))
-        rest = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        rest = {k: v for k, v in group.items() if k not in ("params", "param_names", *extras)}
         groups.append({"params": params, **rest})
     twin = twin_class(groups, **{**defaults, **extras})
     twin.state.clear()

@@ -46,6 +46,8 @@ class Pipeline:
         self._built_over: list[tuple[int, int, type]] = []
         # The places of those for torch's rules.
         self._torch_places: set[int] = set()
+        # Whether a dispatch mode sees to every operation, which kernels would hide from it.
+        self._observed = False
         # The places of those of them that share memory with others.
         self._shared_places: set[int] = set()
         self._holds_shards = False
@@ -80,10 +82,14 @@ class Pipeline:
                 self._stepping = False
 
     def _step(self, skip_nonfinite: bool) -> None:
-        if torch._C._len_torch_dispatch_stack() > 0:
+        observed = torch._C._len_torch_dispatch_stack() > 0
+        if observed:
             _routing.refuse_fake_mode(
                 member.param for member in _routing.members_of(self._optimizer.param_groups)
             )
+        if observed != self._observed:
+            self._observed = observed
+            self.reset()
         plan = self._only_plan
         if plan is not None:
             attention = self._step_alone(plan, skip_nonfinite)
@@ -243,6 +249,7 @@ class Pipeline:
             group = optimizer.param_groups[member.group]
             if (
                 odd is None
+                and not self._observed
                 and not _routing.needs_torch_rule(param, group, optimizer.state.get(param, {}))
                 and backends.for_device(self.settings.backend, param.device) is not None
             ):

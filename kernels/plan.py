@@ -170,7 +170,8 @@ class TritonPlan:
                 _control.settle([], unscale, found_inf, max_grad_norm, skip_nonfinite)
             )
             return
-        grad_scale, found_inf = self._bring(grad_scale), self._bring(found_inf)
+        grad_scale = self._bring("grad_scale", grad_scale)
+        found_inf = self._bring("found_inf", found_inf)
         if self._books.needs_reduce(max_grad_norm, skip_nonfinite):
             limit = math.inf if max_grad_norm is None else max_grad_norm
             tables.set_settings(limit, skip_nonfinite)
@@ -180,10 +181,13 @@ class TritonPlan:
             tables.apply(self.control, controlled=False, grad_scale=grad_scale, found_inf=found_inf)
         self._books.bump_versions()
 
-    def _bring(self, number: Tensor | float | None) -> Tensor | None:
+    def _bring(self, name: str, number: Tensor | float | None) -> Tensor | None:
         """A number of the scaler's as a tensor on the device."""
-        if number is None or isinstance(number, Tensor):
-            return number if number is None else number.to(self._device)
+        if number is None:
+            return None
+        _control.check_one_number(name, number)
+        if isinstance(number, Tensor):
+            return number.to(self._device)
         return torch.tensor(number, dtype=torch.float64, device=self._device)
 
     def _begun(self) -> Tables:

@@ -151,3 +151,24 @@ def test_real_parameters_under_a_fake_mode(backend):
     assert torch.equal(before, run.params[0])
     run.optimizer.step()
     assert not torch.equal(before, run.params[0])
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_a_dispatch_mode_sees_the_step(backend):
+    """As the one that lets tensors which a graph has saved be written."""
+    weight = torch.nn.Parameter(torch.eye(2, device=device_of(backend)))
+    optimizer = make_fused(TABLE["SGD"], [weight], backend, lr=1.0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    start = weight.detach().clone()
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        loss = (weight @ weight).sum()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        weight.grad = None
+        loss.backward()
+    assert torch.equal(weight.detach(), start - 1)
+    ones = torch.ones_like(start)
+    assert torch.equal(weight.grad, ones @ start.t() + start.t() @ ones)
+    optimizer.step()  # the kernels' again
+    assert optimizer._pipeline.backend_of(weight) == backend

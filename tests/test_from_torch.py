@@ -131,3 +131,12 @@ def test_bad_extras(entry):
         fusedopt.from_torch(source, max_grad_norm=-1)
     with pytest.raises(TypeError, match="unheard_of"):
         fusedopt.from_torch(source, unheard_of=1)
+
+
+def test_hyperparameters_among_the_extras_win_in_every_group():
+    """Also where the source's groups have values of their own."""
+    source = torch.optim.Adam(make_params([(3,)]), lr=0.1, weight_decay=0.1)
+    twin = fusedopt.from_torch(source, lr=0.5, decoupled_weight_decay=True)
+    (group,) = twin.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.1)
+    assert group["decoupled_weight_decay"] is True

@@ -149,3 +149,16 @@ def test_a_gradient_that_does_not_fit_is_refused_before_anything_changes(backend
     victim.grad = good
     run.optimizer.step()
     assert all(entry["step"] == (3 if second else 1) for entry in run.optimizer.state.values())
+
+
+@pytest.mark.parametrize("backend", table.backends())
+def test_a_limit_beyond_float32_is_none(backend):
+    """To torch's rules as to kernels; the groups before it are not updated alone."""
+    device = table.device_of(backend)
+    first, second = (torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    groups = [{"params": [first]}, {"params": [second], "max_grad_value": 1e300}]
+    optimizer = table.make_fused(table.TABLE["SGD"], groups, backend, lr=1.0)
+    for param in (first, second):
+        param.grad = torch.full_like(param, 0.5)
+    optimizer.step()
+    assert first.tolist() == second.tolist() == [0.5] * 3

@@ -136,6 +136,7 @@ class Problem:
             self.param.data_ptr(),
             tuple(state.data_ptr() for state in self.states),
             self.counter.data_ptr(),
+            self.counter.dtype,
             self.layout,
             self.param.numel(),
             self.group,
@@ -374,7 +375,7 @@ def test_every_rounding_to_bfloat16():
     # - (-1)(-0).
     param = torch.zeros(len(grads), dtype=BF16)
     counter = torch.zeros(())
-    row = Row(param.data_ptr(), (), counter.data_ptr(), (), len(grads), 0, 0, (BF16, F32))
+    row = Row(param.data_ptr(), (), counter.data_ptr(), F32, (), len(grads), 0, 0, (BF16, F32))
     group = GroupRow((-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), math.inf, math.inf, None)
     tables = triton_tools.make_tables("sgd", [row], [group], [grads.data_ptr()])
     tables.apply(tables.control, controlled=False)

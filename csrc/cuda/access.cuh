@@ -34,7 +34,7 @@ struct ApplyTypes {
   // as many as there are registers for.
   static constexpr int kRegisters = kVector * (2 + kStates);
   static constexpr int kBlocks = sizeof(Compute) != sizeof(float) ? 3
-                                 : kStates == 0                   ? 5
+                                 : kRegisters <= 8                ? 5
                                  : kRegisters <= 16               ? 4
                                                                   : 3;
 };

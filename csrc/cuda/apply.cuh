@@ -79,11 +79,8 @@ __global__ void __launch_bounds__(kThreads, Types::kBlocks)
   // A row without a gradient may have no counter yet.
   if (threadIdx.x == 0 && grad != nullptr) {
     const GroupRow& group = params.table.groups[row.group];
-    // Without a gradient there may be no counter either.
-    const bool counts = params.table.grads[piece.tensor] != nullptr;
-    const double step = counts ? next_step(row) : 1.0;
     const GradTransform<T> transform = make_transform<T>(params, group, piece.tensor);
-    new (shared) PieceNumbers<Types>{make_constants<Types>(group, step), transform,
+    new (shared) PieceNumbers<Types>{make_constants<Types>(group, next_step(row)), transform,
                                      transform.clamps(), transform.scales()};
   }
   __syncthreads();
