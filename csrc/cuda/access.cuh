@@ -33,10 +33,7 @@ struct ApplyTypes {
   // Values of the compute type that an access holds, and blocks that a multiprocessor shall hold:
   // as many as there are registers for.
   static constexpr int kRegisters = kVector * (2 + kStates);
-  static constexpr int kBlocks = sizeof(Compute) != sizeof(float) ? 3
-                                 : kRegisters <= 8                ? 5
-                                 : kRegisters <= 16               ? 4
-                                                                  : 3;
+  static constexpr int kBlocks = sizeof(Compute) != sizeof(float) ? 3 : kRegisters <= 16 ? 4 : 3;
 };
 
 // The values of one access on their way through registers.
