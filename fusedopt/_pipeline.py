@@ -284,7 +284,9 @@ class Pipeline:
                 by_group[member.group].append(member.param)
         for index, members in by_group.items():
             try:
-                self._optimizer._create_state(self._subgroup(index, members))
+                # torch makes counters on the default device, which may be one without memory.
+                with torch.device("cpu"):
+                    self._optimizer._create_state(self._subgroup(index, members))
             except KeyError as error:
                 (name,) = error.args
                 raise KeyError(
