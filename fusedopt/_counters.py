@@ -44,8 +44,10 @@ class StepCounters:
                 buffer = state.get(param, {}).get("momentum_buffer")
                 if isinstance(buffer, Tensor):
                     counters[param] = self._hidden(buffer)
-                else:
-                    counters[param] = unread.setdefault(param.device, _new_counter(0.0, param))
+                    continue
+                if param.device not in unread:
+                    unread[param.device] = _new_counter(0.0, param)
+                counters[param] = unread[param.device]
             return counters
         seen: set[int] = set()
         for param in params:

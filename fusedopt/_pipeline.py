@@ -46,10 +46,10 @@ class Pipeline:
         self._built_over: list[tuple[int, int, type]] = []
         # The places of those for torch's rules.
         self._torch_places: set[int] = set()
-        # Whether a dispatch mode sees to every operation, which kernels would hide from it.
-        self._observed = False
         # The places of those of them that share memory with others.
         self._shared_places: set[int] = set()
+        # Whether a dispatch mode sees to every operation, which kernels would hide from it.
+        self._observed = False
         self._holds_shards = False
         self.settings = Settings()
         self.counters = StepCounters(optimizer._has_step)

@@ -309,7 +309,7 @@ def make_stock(entry: Entry, params: Any, **options: Any) -> torch.optim.Optimiz
         del options["decoupled_weight_decay"]
         decay = options.pop("weight_decay")
     optimizer = entry.stock(params, **options)
-    if entry.name == "Adagrad" and not _ADAGRAD_MAKES_STATE:
+    if entry.name == "Adagrad" and not ADAGRAD_MAKES_STATE:
         optimizer.register_step_pre_hook(_make_missing_state)
     if not decoupled:
         return optimizer
@@ -326,7 +326,7 @@ def make_stock(entry: Entry, params: Any, **options: Any) -> torch.optim.Optimiz
 
 
 #: In torch 2.11 only its constructor does.
-_ADAGRAD_MAKES_STATE = "full_like" in inspect.getsource(torch.optim.Adagrad._init_group)
+ADAGRAD_MAKES_STATE = "full_like" in inspect.getsource(torch.optim.Adagrad._init_group)
 
 
 def _make_missing_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
