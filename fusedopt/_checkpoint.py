@@ -6,20 +6,17 @@ optimizer as it was.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._control import check_limit, describe
+from ._counters import StepCounters
 from ._settings import GROUP_KEYS
-from ._torch_rule import torch_class
-
-if TYPE_CHECKING:
-    from ._optimizer import FusedOptimizer
+from .plain.rule import PlainRule, Training
 
 _REMEDY = (
     "load what state_dict() of an optimizer of the same class over the same parameters returned;"
@@ -27,25 +24,24 @@ _REMEDY = (
 )
 
 
-def settled_state(optimizer: FusedOptimizer) -> Any:
-    """Returns ``optimizer.state`` as stock torch would have it; itself if that is what it is."""
-    counters = optimizer._pipeline.counters
-    unset = counters.unset_buffers(optimizer.state)
+def settled_state(rule: PlainRule, counters: StepCounters, training: Training) -> Any:
+    """Returns the state as the plain optimizer would have it; itself if that is what it is."""
+    unset = counters.unset_buffers(training.state)
     by_device: dict[torch.device, list[Tensor]] = {}
-    for group in optimizer.param_groups:
+    for group in training.param_groups:
         if group.get("capturable") or group.get("fused"):
             continue
         for param in group["params"]:
             if param.device.type != "cpu":
                 by_device.setdefault(param.device, []).append(param)
     if not unset and not by_device:
-        return optimizer.state
-    settled = optimizer.state.copy()
+        return training.state
+    settled = training.state.copy()
     for params in by_device.values():
-        for param, step in counters.host_steps(optimizer.state, params).items():
-            settled[param] = {**optimizer.state[param], "step": step}
+        for param, step in counters.host_steps(training.state, params).items():
+            settled[param] = {**training.state[param], "step": step}
     for param in unset:
-        entries = {k: v for k, v in settled[param].items() if k != "momentum_buffer"}
+        entries = {k: v for k, v in settled[param].items() if k != rule.starts_unset}
         if entries:
             settled[param] = entries
         else:
@@ -53,20 +49,22 @@ def settled_state(optimizer: FusedOptimizer) -> Any:
     return settled
 
 
-def settle(optimizer: Any, packed: dict[str, Any]) -> None:
+def settle(
+    rule: PlainRule, counters: StepCounters, training: Training, packed: dict[str, Any]
+) -> None:
     """Puts the settled state into a state dict that torch has just made."""
-    settled = settled_state(optimizer)
-    if settled is optimizer.state:
+    settled = settled_state(rule, counters, training)
+    if settled is training.state:
         return
     ids = {
         param: key
-        for group, saved in zip(optimizer.param_groups, packed["param_groups"], strict=True)
+        for group, saved in zip(training.param_groups, packed["param_groups"], strict=True)
         for param, key in zip(group["params"], saved["params"], strict=True)
     }
     packed["state"] = {ids.get(param, param): entries for param, entries in settled.items()}
 
 
-def check(optimizer: Any, checkpoint: dict[str, Any]) -> None:
+def check(rule: PlainRule, training: Training, checkpoint: dict[str, Any]) -> None:
     """Raises for a checkpoint that does not fit; changes nothing.
 
     Raises:
@@ -82,7 +80,7 @@ def check(optimizer: Any, checkpoint: dict[str, Any]) -> None:
                 f"{name!r} of state_dict is a {type(checkpoint[name]).__name__}; expected a"
                 f" {'dict' if kind is Mapping else 'list'}: {_REMEDY}"
             )
-    groups = optimizer.param_groups
+    groups = training.param_groups
     saved_groups = checkpoint["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(
@@ -90,18 +88,18 @@ def check(optimizer: Any, checkpoint: dict[str, Any]) -> None:
             f" {len(saved_groups)}, expected {len(groups)}; {_REMEDY}"
         )
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        full = _check_group(optimizer, index, group, saved)
-        needed = _needed_state(optimizer, full)
+        full = _check_group(rule, training.defaults, index, group, saved)
+        needed = rule.needed_state(full, training.defaults)
         for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if key in checkpoint["state"]:
                 name = f"parameter {position} of param group {index}"
-                _check_entries(optimizer, checkpoint["state"][key], param, needed, name)
+                _check_entries(rule, checkpoint["state"][key], param, needed, name)
 
 
 def _check_group(
-    optimizer: FusedOptimizer, index: int, group: dict[str, Any], saved: Any
+    rule: PlainRule, defaults: dict[str, Any], index: int, group: dict[str, Any], saved: Any
 ) -> dict[str, Any]:
-    """Returns a saved group with what torch fills in where it lacks keys."""
+    """Returns a saved group with what the plain class fills in where it lacks keys."""
     where = f"in param group {index} of state_dict"
     if not isinstance(saved, dict):
         raise TypeError(
@@ -119,8 +117,8 @@ def _check_group(
             f" optimizer's group: {len(saved['params'])} parameters {where}, expected"
             f" {len(group['params'])}; {_REMEDY}"
         )
-    full = {**_filled_by_torch(torch_class(type(optimizer))), **saved}
-    for name in optimizer.defaults:
+    full = {**rule.filled_keys, **saved}
+    for name in defaults:
         if name not in full and name not in GROUP_KEYS:
             raise KeyError(f"there is no {name!r} {where}; {_REMEDY}")
     for name in ("max_grad_norm_per_param", "max_grad_value"):
@@ -129,7 +127,7 @@ def _check_group(
 
 
 def _check_entries(
-    optimizer: FusedOptimizer, entries: Any, param: Tensor, needed: set[str], name: str
+    rule: PlainRule, entries: Any, param: Tensor, needed: set[str], name: str
 ) -> None:
     if not isinstance(entries, dict):
         raise TypeError(
@@ -140,7 +138,7 @@ def _check_entries(
         return
     if missing := sorted(needed - entries.keys()):
         raise KeyError(f"the state of {name} in state_dict has no {missing[0]!r}; {_REMEDY}")
-    for key in {"step", *optimizer._states} & entries.keys():
+    for key in {"step", *rule.states} & entries.keys():
         value = entries[key]
         if value is None and key not in needed:
             continue
@@ -158,25 +156,3 @@ def _check_entries(
                 f"{where} is {describe(value)}; expected a tensor like the parameter,"
                 f" {describe(param)}: {_REMEDY}"
             )
-
-
-@functools.cache
-def _filled_by_torch(kind: Any) -> dict[str, Any]:
-    """Returns the group keys that torch's class fills in where a checkpoint lacks them."""
-    # Instances of the class itself make torch wrap its step, once and for all.
-    probe = type("Probe", (kind,), {"_patch_step_function": lambda self: None})
-    group: dict[str, Any] = {"params": []}
-    empty: Any = object.__new__(probe)
-    empty.__setstate__({"defaults": {}, "state": {}, "param_groups": [group]})
-    del group["params"]
-    return group
-
-
-def _needed_state(optimizer: FusedOptimizer, group: dict[str, Any]) -> set[str]:
-    """Returns the names that the state of a parameter in such a group must have, if it has any."""
-    param = torch.nn.Parameter(torch.empty(0, device="cpu"))
-    param.grad = torch.empty(0, device="cpu")
-    state: dict[Tensor, Any] = {param: {}}
-    flags = {"fused": None, "foreach": None, "capturable": False, "differentiable": False}
-    optimizer._collect({**group, **flags, "params": [param]}, state)
-    return set(state[param])

@@ -10,21 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .plain.rule import PlainRule
+
 
 class StepCounters:
     """Finds every parameter's counter.
 
-    Where torch's state has ``step``, that tensor is the counter. A rule without (SGD) has a hidden
-    one for each momentum buffer, which says whether the buffer has been set: zero means not yet, as
-    after a first step that was skipped. Without a buffer there is nothing to say, and all
+    Where the state has ``step``, that tensor is the counter. Where it has not, but a buffer that
+    the first step sets (SGD's momentum), a hidden one says whether it has been set: zero means not
+    yet, as after a first step that was skipped. Otherwise there is nothing to say, and all
     parameters share a counter that nobody reads.
 
     Args:
-        in_state: Whether the state of the optimizer has ``step``.
+        rule: Says which of them it is.
     """
 
-    def __init__(self, in_state: bool) -> None:
-        self._in_state = in_state
+    def __init__(self, rule: PlainRule) -> None:
+        self._in_state = rule.has_step
+        self._buffer_name = rule.starts_unset
         # By the id of a buffer that is alive.
         self._of_buffer: dict[int, Tensor] = {}
         self._maybe_unset: set[int] = set()
@@ -41,7 +44,7 @@ class StepCounters:
         if not self._in_state:
             unread: dict[torch.device, Tensor] = {}
             for param in params:
-                buffer = state.get(param, {}).get("momentum_buffer")
+                buffer = state.get(param, {}).get(self._buffer_name)
                 if isinstance(buffer, Tensor):
                     counters[param] = self._hidden(buffer)
                     continue
@@ -79,25 +82,34 @@ class StepCounters:
             steps |= {param: copy[i].clone() for i, param in enumerate(counted)}
         return steps
 
-    def add_unset_buffer(self, buffer: Tensor) -> None:
-        """Notes that ``buffer`` is memory for a momentum that no step has set yet."""
-        self._hidden(buffer).zero_()
-        self._maybe_unset.add(id(buffer))
+    def create_unset(self, params: Iterable[Tensor], state: dict[Tensor, Any]) -> None:
+        """Gives parameters memory for the buffer that the first step sets."""
+        for param in params:
+            buffer = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state[param][self._buffer_name] = buffer
+            self._hidden(buffer).zero_()
+            self._maybe_unset.add(id(buffer))
+
+    def drop_unset(self, params: Iterable[Tensor], state: dict[Tensor, Any]) -> None:
+        """Takes away what `create_unset` gave, from those that no step has set."""
+        for param in set(self.unset_buffers(state)).intersection(params):
+            del state[param][self._buffer_name]
 
     def unset_buffers(self, state: dict[Tensor, Any]) -> list[Tensor]:
-        """Returns the parameters whose momentum buffer is not set yet; may synchronise."""
+        """Returns the parameters whose buffer no step has set yet; may synchronise."""
         if not self._maybe_unset:
             return []
         asked = {
-            param: id(entries["momentum_buffer"])
+            param: key
             for param, entries in state.items()
-            if isinstance(entries, dict) and id(entries.get("momentum_buffer")) in self._maybe_unset
+            if isinstance(entries, dict)
+            and (key := id(entries.get(self._buffer_name))) in self._maybe_unset
         }
         self._maybe_unset = {key for key in self._maybe_unset if self._of_buffer[key].item() == 0.0}
         return [param for param, key in asked.items() if key in self._maybe_unset]
 
     def _hidden(self, buffer: Tensor) -> Tensor:
-        """The counter of a momentum buffer; of one that is new here, as if it had been set."""
+        """The counter of a buffer; of one that is new here, as if it had been set."""
         key = id(buffer)
         counter = self._of_buffer.get(key)
         if counter is None:

@@ -7,18 +7,7 @@ from typing import Any
 
 import torch
 
-from ._optimizer import FusedOptimizer
-from ._torch_rule import torch_class
-from .adadelta import Adadelta
-from .adagrad import Adagrad
-from .adam import Adam
-from .adamw import AdamW
-from .rmsprop import RMSprop
-from .sgd import SGD
-
-_TWINS: dict[type, type[FusedOptimizer]] = {
-    torch_class(twin): twin for twin in (Adam, AdamW, SGD, RMSprop, Adagrad, Adadelta)
-}
+from ._optimizer import TWINS
 
 
 def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> Any:
@@ -29,8 +18,7 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> Any:
     again for the twin. Stop using ``optimizer`` afterwards: both would write the same state.
 
     Args:
-        optimizer: An instance of ``torch.optim.Adam``, ``AdamW``, ``SGD``, ``RMSprop``, ``Adagrad``
-            or ``Adadelta``.
+        optimizer: An instance of a class of ``torch.optim`` that fusedopt has, too.
         **extras: Keyword arguments of the twin's constructor, such as ``max_grad_norm``; they win
             over the optimizer's own, in all its groups.
 
@@ -44,12 +32,13 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> Any:
         >>> optimizer = fusedopt.from_torch(torch.optim.AdamW(model.parameters()),
         max_grad_norm=1.0)
     """
-    twin_class = _TWINS.get(type(optimizer))
+    twin_class = TWINS.get(type(optimizer))
     if twin_class is None:
+        known = [kind.__name__ for kind in TWINS if kind.__module__.startswith("torch.optim.")]
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}; expected exactly one of"
-            f" {', '.join(f'torch.optim.{kind.__name__}' for kind in _TWINS)}. A subclass may have"
-            " changed the rule: construct the fusedopt class yourself"
+            f" {', '.join(f'torch.optim.{name}' for name in known)}. A subclass may have changed"
+            " the rule: construct the fusedopt class yourself"
         )
     accepted = inspect.signature(twin_class).parameters
     defaults = {

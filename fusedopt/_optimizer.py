@@ -1,32 +1,22 @@
-"""What the six optimizers share: our ``step()`` and our settings on top of torch's classes."""
+"""What all optimizers share: our ``step()`` and our settings on top of plain classes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    _get_capturable_supported_devices,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _checkpoint
+from ._attributes import WithSettings
 from ._control import NONFINITE, check_limit
 from ._pipeline import Pipeline
-from ._settings import (
-    EXTRAS_DOC,
-    GROUP_KEYS,
-    SETTINGS,
-    WithSettings,
-    check_flag,
-    read_backend,
-)
-from ._torch_rule import TorchRule, torch_class
+from ._settings import EXTRAS_DOC, GROUP_KEYS, SETTINGS, check_flag, read_backend
+from .plain.rule import PlainRule, Training
 
 #: Settings by their names in pickles; older versions had some under another.
 _PICKLED = {
@@ -36,18 +26,20 @@ _PICKLED = {
 }
 
 
-class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
-    """The mixin before torch's class: ``class Adam(FusedOptimizer, torch.optim.Adam)``."""
+#: Our class of each plain one.
+TWINS: dict[type, type[FusedOptimizer]] = {}
 
-    #: The name of the rule in ``csrc/rules`` and ``kernels``.
-    _rule: ClassVar[str]
-    #: Whether torch's own rule can be captured on XLA devices.
-    _captures_on_xla: ClassVar[bool] = True
+
+class FusedOptimizer(WithSettings, torch.optim.Optimizer):
+    """The mixin before a plain class: ``class Adam(FusedOptimizer, torch.optim.Adam)``."""
+
+    _rule: ClassVar[PlainRule]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_rule" not in cls.__dict__:
             return
+        TWINS[cls._rule.plain] = cls
         cls.__doc__ = (cls.__doc__ or "").replace("        {extras}", EXTRAS_DOC)
         cls.__signature__ = _joint_signature(cls)  # type: ignore[attr-defined]
 
@@ -63,13 +55,14 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
         fused: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in kwargs.keys() - self._torch_keys():
-            known = [*self._torch_keys(), *GROUP_KEYS, *SETTINGS]
+        arguments = self._rule.arguments
+        for name in kwargs.keys() - arguments.keys():
+            known = [*arguments, *GROUP_KEYS, *SETTINGS]
             raise TypeError(
                 f"{type(self).__name__}() got an unexpected keyword argument {name!r}"
                 + "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, known, 1))
             )
-        self._pipeline = Pipeline(self)
+        self._pipeline = Pipeline(self._rule)
         self.max_grad_norm = max_grad_norm
         self.backend = read_backend(backend, fused)
         self.skip_nonfinite = skip_nonfinite
@@ -78,18 +71,14 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
         given = {k: v for k, v in zip(GROUP_KEYS, values, strict=True) if v is not None}
         self._check_group_keys(given, "for the optimizer")
         given = {name: value for name, value in given.items() if value is not False}
-        if "fused" in self._torch_keys():
+        if "fused" in arguments:
             kwargs["fused"] = fused
-        if "decoupled_weight_decay" in self._torch_keys():
+        if "decoupled_weight_decay" in arguments:
             kwargs["decoupled_weight_decay"] = given.pop("decoupled_weight_decay", False)
         super().__init__(*args, **kwargs)
         for group in (self.defaults, *self.param_groups):
             for name, value in given.items():
                 group.setdefault(name, value)
-
-    @classmethod
-    def _always_decoupled(cls) -> bool:
-        return issubclass(cls, torch.optim.AdamW)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does, after checking our keys in it.
@@ -138,7 +127,7 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
             check_limit(name, values.get(name), where)
         decoupled = values.get("decoupled_weight_decay")
         check_flag("decoupled_weight_decay", decoupled, where)
-        if self._always_decoupled() and not values.get("decoupled_weight_decay", True):
+        if self._rule.always_decouples and not values.get("decoupled_weight_decay", True):
             raise ValueError(
                 f"decoupled_weight_decay is {decoupled!r} {where}, but"
                 f" {type(self).__name__} always decouples it; use fusedopt.Adam for L2 weight decay"
@@ -193,7 +182,7 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._pipeline.step(self._pipeline.settings.skips)
+            self._pipeline.step(self._training())
         return loss
 
     # What a TypeError calls it.
@@ -220,22 +209,34 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
                 pipeline.control = before
         return result, None if control is None else control[NONFINITE].to(torch.float32)
 
-    def _check_capturable(self) -> None:
-        for group in self.param_groups:
-            if not group.get("capturable", False):
-                continue
-            supported = _get_capturable_supported_devices(self._captures_on_xla)
-            if any(param.device.type not in supported for param in group["params"]):
-                raise AssertionError(
-                    "If capturable=True, params and state_steps must be on supported devices:"
-                    f" {supported}."
-                )
+    def backend_of(self, param: Tensor) -> str:
+        """Returns which backend updates a parameter in the next step.
+
+        Args:
+            param: One of this optimizer's.
+
+        Returns:
+            "cuda", "triton", "cpu", or "torch" for the plain algorithm.
+
+        Raises:
+            ValueError: If the parameter is not in ``param_groups``.
+            RuntimeError: If the next step would raise it.
+        """
+        return self._pipeline.backend_of(param, self._training())
+
+    def _training(self) -> Training:
+        return Training(self.param_groups, self.state, self.defaults)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as torch does, without momentum buffers that no step has set yet."""
+
         # Before the hooks of users: they see what they would see of torch's class.
-        handle = self.register_state_dict_post_hook(_checkpoint.settle, prepend=True)
+        def settle(optimizer: Any, packed: dict[str, Any]) -> None:
+            counters = optimizer._pipeline.counters
+            _checkpoint.settle(self._rule, counters, optimizer._training(), packed)
+
+        handle = self.register_state_dict_post_hook(settle, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -260,8 +261,12 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
                 f"state_dict is a {type(state_dict).__name__}; expected the dict that"
                 " optimizer.state_dict() returned"
             )
+
         # After the hooks of users: they may make a checkpoint fit.
-        handle = self.register_load_state_dict_pre_hook(_checkpoint.check)
+        def check(optimizer: Any, checkpoint: dict[str, Any]) -> None:
+            _checkpoint.check(self._rule, optimizer._training(), checkpoint)
+
+        handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -271,7 +276,8 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
         """Returns what pickle and deepcopy keep: torch's entries and our settings."""
         settings = {name: getattr(self, name) for name in SETTINGS}
         settings["fused"] = self._pipeline.settings.fused
-        state = _checkpoint.settled_state(self)
+        counters = self._pipeline.counters
+        state = _checkpoint.settled_state(self._rule, counters, self._training())
         return {**super().__getstate__(), "state": state, **settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -284,7 +290,7 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
         for i, group in enumerate(state.get("param_groups", [])):
             live = live_groups[i] if i < len(live_groups) else {}
             for name in GROUP_KEYS:
-                if name not in self._torch_keys():
+                if name not in self._rule.arguments:
                     value = group.pop(name, live.get(name))
                     if value is not None and value is not False:
                         group[name] = value
@@ -292,16 +298,12 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
         settings = {name: state[key] for key, name in _PICKLED.items() if key in state}
         super().__setstate__({k: v for k, v in state.items() if k not in _PICKLED})
         if "_pipeline" not in self.__dict__:
-            self._pipeline = Pipeline(self)
+            self._pipeline = Pipeline(self._rule)
         # A graph may have captured what the pipeline holds, so it stays the same.
         self._pipeline.reset()
         self._pipeline.settings.fused = settings.pop("fused", self._pipeline.settings.fused)
         for name, value in settings.items():
             setattr(self, name, value)
-
-    def _torch_keys(self) -> Collection[str]:
-        """Returns the arguments of torch's class: decoupled_weight_decay is one of Adam's."""
-        return inspect.signature(torch_class(type(self))).parameters
 
 
 # torch's own wrapper: hooks, in their order, and the profiler's label.
@@ -310,9 +312,9 @@ _watched_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(
 )
 
 
-def _joint_signature(cls: type) -> inspect.Signature:
-    """Returns the signature of torch's constructor with our keyword arguments after its own."""
-    own = dict(inspect.signature(torch_class(cls)).parameters)
+def _joint_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
+    """Returns the signature of the plain constructor with our keyword arguments after its own."""
+    own = dict(cls._rule.arguments)
     ours = inspect.signature(FusedOptimizer.__init__).parameters
     for name, parameter in ours.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:

@@ -1,73 +1,67 @@
 """One optimizer's step: validate everything, reduce, settle the step control, apply.
 
-The pipeline owns the plans of the native backends and the parameters that take torch's rules. It is
-built anew whenever the structure of the optimizer changes, and is no part of a pickle or
+The pipeline owns the plans of the native backends and knows which parameters take the plain rule.
+It is built anew whenever the structure of the optimizer changes, and is no part of a pickle or
 checkpoint.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import defaultdict
-from collections.abc import Callable
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _control, _routing, backends
-from ._control import GradTransform, describe
+from ._control import describe
 from ._counters import StepCounters
 from ._routing import Member
 from ._settings import Settings
-
-if TYPE_CHECKING:
-    from ._optimizer import FusedOptimizer
+from ._together import Together, labelled
+from .backends.interface import Findings, Plan, Slot
+from .plain import checks
+from .plain.rule import PlainRule, Training
 
 
 class Pipeline:
     """The step of one optimizer over all its plans.
 
     Between steps it keeps no parameter, gradient or state alive: whoever drops one frees it.
+
+    Args:
+        rule: The algorithm.
     """
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
-        # Weak, or a cycle would keep parameters and state alive until the collector runs.
-        self._reference = weakref.ref(optimizer)
+    def __init__(self, rule: PlainRule) -> None:
+        self._rule = rule
         # Steps from several threads follow one another.
         self._lock = threading.RLock()
         self._stepping = False
-        self._plans: dict[torch.device, Any] | None = None
+        self._plans: dict[torch.device, Plan] | None = None
         # The plan of all parameters, where there is just one and nothing else to ask.
-        self._only_plan: Any = None
+        self._only_plan: Plan | None = None
         # Of every parameter when the plans were made: group, id and type.
         self._built_over: list[tuple[int, int, type]] = []
-        # The places of those for torch's rules.
-        self._torch_places: set[int] = set()
+        # The places of those for the plain rule.
+        self._plain_places: set[int] = set()
         # The places of those of them that share memory with others.
         self._shared_places: set[int] = set()
         # Whether a dispatch mode sees to every operation, which kernels would hide from it.
         self._observed = False
         self._holds_shards = False
         self.settings = Settings()
-        self.counters = StepCounters(optimizer._has_step)
+        self.counters = StepCounters(rule)
         #: float64[5] in the order of ``StepControl``: what the last step left; None before the
         #: first.
         self.control: Tensor | None = None
-
-    @property
-    def _optimizer(self) -> FusedOptimizer:
-        optimizer = self._reference()
-        assert optimizer is not None
-        return optimizer
 
     def reset(self) -> None:
         """Makes the next step build its plans anew."""
         self._plans = self._only_plan = None
 
-    def step(self, skip_nonfinite: bool) -> None:
+    def step(self, training: Training) -> None:
         """Runs one step; raises before anything is changed when something does not fit."""
         with self._lock:
             if self._stepping:
@@ -77,112 +71,126 @@ class Pipeline:
                 )
             self._stepping = True
             try:
-                self._step(skip_nonfinite)
+                self._step(training)
             finally:
                 self._stepping = False
 
-    def _step(self, skip_nonfinite: bool) -> None:
+    def _step(self, training: Training) -> None:
         observed = torch._C._len_torch_dispatch_stack() > 0
         if observed:
             _routing.refuse_fake_mode(
-                member.param for member in _routing.members_of(self._optimizer.param_groups)
+                member.param for member in _routing.members_of(training.param_groups)
             )
         if observed != self._observed:
             self._observed = observed
             self.reset()
         plan = self._only_plan
         if plan is not None:
-            attention = self._step_alone(plan, skip_nonfinite)
-            if attention is None:
+            findings = self._step_alone(plan, training)
+            if findings is None:
                 return
-            if attention[0]:
+            if findings[0]:
                 self.reset()
         try:
-            foreign = self._begin()
-            groups = self._optimizer.param_groups
+            plain = self._begin(training)
+            groups = training.param_groups
             if self._holds_shards and (wanted := self.settings.reducing(groups)):
                 params = [member.param for member in _routing.members_of(groups)]
                 raise NotImplementedError(_routing.refusal(params, wanted))
-            if self._only_plan is None or foreign:
-                self._step_together(foreign, skip_nonfinite)
+            if self._only_plan is None or plain:
+                self._step_together(plain, training)
                 return
         finally:
             self._end()
-        if self._step_alone(self._only_plan, skip_nonfinite) is not None:
+        if self._step_alone(self._only_plan, training) is not None:
             raise RuntimeError(_CHANGED)
 
-    def _step_alone(self, plan: Any, skip_nonfinite: bool) -> Any:
-        """Runs a step that one plan does alone, unless the plan asks for attention."""
-        optimizer = self._optimizer
-        attention = _labelled(
-            optimizer._rule,
+    def _step_alone(self, plan: Plan, training: Training) -> Findings | None:
+        """Runs a step that one plan does alone, unless the plan finds something against it."""
+        settings = self.settings
+        findings = labelled(
+            self._rule.kernel,
             plan.step,
-            optimizer.param_groups,
-            optimizer.state,
-            self.settings.handed.get("grad_scale"),
-            self.settings.handed.get("found_inf"),
-            self.settings.max_grad_norm,
-            skip_nonfinite,
+            training.param_groups,
+            training.state,
+            settings.handed.get("grad_scale"),
+            settings.handed.get("found_inf"),
+            settings.max_grad_norm,
+            settings.skips,
         )
-        if attention is None:
+        if findings is None:
             self.control = plan.control
-        return attention
+        return findings
 
-    def backend_of(self, param: Tensor) -> str:
+    def _step_together(self, plain: list[Member], training: Training) -> None:
+        self.control = Together(
+            self._rule,
+            training,
+            self.settings,
+            self._plans or {},
+            [group for _, group in self._subgroups(plain, training)],
+            {id(member.param) for member in plain if member.place in self._shared_places},
+            self.counters,
+        ).step()
+
+    def backend_of(self, param: Tensor, training: Training) -> str:
         """Returns the name of the backend that updates ``param``."""
         with self._lock:
+            members = _routing.members_of(training.param_groups)
+            place = next((member.place for member in members if member.param is param), None)
+            if place is None:
+                raise ValueError(
+                    f"param is {describe(param)}, which is not in param_groups; expected one of"
+                    " this optimizer's parameters: add_param_group takes more"
+                )
             try:
-                self._begin()
+                plain = {member.place for member in self._begin(training)}
             finally:
                 self._end()
-            by_torch = {
-                id(m.param)
-                for m in _routing.members_of(self._optimizer.param_groups)
-                if m.place in self._torch_places
-            }
-            if id(param) in by_torch or param.device not in (self._plans or {}):
+            if place in plain | self._plain_places:
                 return "torch"
             backend = backends.for_device(self.settings.backend, param.device)
-            return "torch" if backend is None else backend.NAME
+            assert backend is not None
+            return backend.NAME
 
-    def _begin(self) -> list[Member]:
-        """Brings the plans to the beginning of this step; returns what is left to torch's rules."""
-        if not isinstance(self._optimizer.state, dict):
+    def _begin(self, training: Training) -> list[Member]:
+        """Brings the plans to the beginning of this step; returns what takes the plain rule."""
+        if not isinstance(training.state, dict):
             raise TypeError(
-                f"optimizer.state is {self._optimizer.state!r}; expected a dict. Start over with"
+                f"optimizer.state is {training.state!r}; expected a dict. Start over with"
                 " optimizer.state = collections.defaultdict(dict)"
             )
         # A first look may find a plan outdated, a second state missing.
         for _ in range(3):
-            entries = _routing.members_of(self._optimizer.param_groups)
-            if self._torch_places and _routing.identities(entries) != self._built_over:
+            entries = _routing.members_of(training.param_groups)
+            if self._plain_places and _routing.identities(entries) != self._built_over:
                 self.reset()
             if self._plans is None:
-                self._build(entries)
-            rebuild, missing, foreign = self._ask_plans()
+                self._build(entries, training)
+            rebuild, missing, refused = self._ask_plans(training)
             if not rebuild and not missing:
                 break
             self._end()
             if missing:
-                self._create_state(entries, missing)
+                self._create_state(entries, missing, training)
             self.reset()
         else:
             raise RuntimeError(_CHANGED)
-        left = {id(param) for param in foreign}
+        left = {id(param) for param in refused}
         members = [
             member
             for member in entries
             if id(member.param) in left
-            or (member.place in self._torch_places and member.param.grad is not None)
+            or (member.place in self._plain_places and member.param.grad is not None)
         ]
 
         def name_of(param: Tensor) -> str:
-            return next(self._name_of(m.group, m.place) for m in members if m.param is param)
+            return next(_name_of(m, training) for m in members if m.param is param)
 
-        for index, group in self._subgroups(members):
+        for index, group in self._subgroups(members, training):
             for name in ("max_grad_norm_per_param", "max_grad_value"):
                 _control.check_limit(name, group.get(name), f"in param group {index}")
-            self._optimizer._check_for_torch(group, name_of)
+            checks.check(self._rule, training, group, name_of)
         return members
 
     def _end(self) -> None:
@@ -190,26 +198,19 @@ class Pipeline:
         for plan in (self._plans or {}).values():
             plan.end()
 
-    def _name_of(self, group: int, place: int) -> str:
-        before = self._optimizer.param_groups[:group]
-        position = place - sum(len(other["params"]) for other in before)
-        return f"parameter {position} of param group {group}"
-
-    def _ask_plans(self) -> tuple[bool, list[Tensor], list[Tensor]]:
-        optimizer = self._optimizer
-        rebuild, missing, foreign = False, [], []
+    def _ask_plans(self, training: Training) -> Findings:
+        rebuild, missing, refused = False, [], []
         for plan in (self._plans or {}).values():
-            attention = plan.begin(optimizer.param_groups, optimizer.state)
-            if attention is not None:
-                rebuild |= attention[0]
-                missing += attention[1]
-                foreign += attention[2]
-        return rebuild, missing, foreign
+            findings = plan.begin(training.param_groups, training.state)
+            if findings is not None:
+                rebuild |= findings[0]
+                missing += findings[1]
+                refused += findings[2]
+        return rebuild, missing, refused
 
-    def _build(self, entries: list[Member]) -> None:
-        optimizer = self._optimizer
+    def _build(self, entries: list[Member], training: Training) -> None:
         _refuse_while_capturing({member.param.device.type for member in entries})
-        optimizer._check_capturable()
+        self._rule.check_capturable(training.param_groups)
         self._built_over = _routing.identities(entries)
         self._holds_shards = any(_routing.is_shard(member.param) for member in entries)
         if len({id(member.param) for member in entries}) != len(entries):
@@ -217,46 +218,44 @@ class Pipeline:
             native: dict[torch.device, list[Member]] = {}
             self._shared_places = set()
         else:
-            native = self._route(entries)
+            native = self._route(entries, training)
         served = {member.place for members in native.values() for member in members}
-        self._torch_places = {member.place for member in entries} - served
+        self._plain_places = {member.place for member in entries} - served
         params = [member.param for members in native.values() for member in members]
-        counters = self.counters.hand_out(params, optimizer.state)
+        counters = self.counters.hand_out(params, training.state)
         plans = {}
         for device, members in native.items():
             backend = backends.for_device(self.settings.backend, device)
             assert backend is not None
-            slots = [(m.group, m.param, counters[m.param]) for m in members]
+            slots: list[Slot] = [(m.group, m.param, counters[m.param]) for m in members]
             plans[device] = backend.make_plan(
-                optimizer._rule, device, slots, optimizer.param_groups, optimizer.state
+                self._rule.kernel, device, slots, training.param_groups, training.state
             )
         self._plans = plans
-        if len(plans) == 1 and not self._torch_places and not self._holds_shards:
+        if len(plans) == 1 and not self._plain_places and not self._holds_shards:
             (self._only_plan,) = plans.values()
 
-    def _route(self, entries: list[Member]) -> dict[torch.device, list[Member]]:
+    def _route(self, entries: list[Member], training: Training) -> dict[torch.device, list[Member]]:
         """Returns the parameters that native kernels update, by device."""
-        optimizer = self._optimizer
         native = []
         for member in entries:
             param = member.param
             odd = _routing.not_plain(param)
             if odd is not None and self.settings.backend not in ("auto", "torch"):
                 raise ValueError(
-                    f"{self._name_of(member.group, member.place)} is {odd}, which"
+                    f"{_name_of(member, training)} is {odd}, which"
                     f" backend={self.settings.backend!r} cannot read; use backend='auto' or 'torch'"
                 )
-            group = optimizer.param_groups[member.group]
+            group = training.param_groups[member.group]
             if (
                 odd is None
                 and not self._observed
-                and not _routing.needs_torch_rule(param, group, optimizer.state.get(param, {}))
+                and not _routing.needs_plain_rule(param, group, training.state.get(param, {}))
                 and backends.for_device(self.settings.backend, param.device) is not None
             ):
                 native.append(member)
         shared = _routing.sharing_memory(
-            (member.param, [tensor for _, tensor in self._own_tensors(member.param)])
-            for member in native
+            (member.param, _written(member.param, training.state)) for member in native
         )
         self._shared_places = {member.place for member in native if member.param in shared}
         by_device = defaultdict(list)
@@ -265,28 +264,21 @@ class Pipeline:
                 by_device[member.param.device].append(member)
         return dict(by_device)
 
-    def _own_tensors(self, param: Tensor) -> list[tuple[str, Tensor]]:
-        """Returns what a step writes for a parameter, by name; without its counter."""
-        entries = self._optimizer.state.get(param, {})
-        states = [
-            (f"state {name!r}", value)
-            for name, value in entries.items()
-            if isinstance(value, Tensor) and name != "step"
-        ]
-        return [("the memory", param), *states]
-
-    def _create_state(self, entries: list[Member], params: list[Tensor]) -> None:
+    def _create_state(
+        self, entries: list[Member], params: list[Tensor], training: Training
+    ) -> None:
         wanted = {id(param) for param in params}
-        by_group = defaultdict(list)
-        for member in entries:
-            if id(member.param) in wanted:
-                self._check_given(member)
-                by_group[member.group].append(member.param)
-        for index, members in by_group.items():
+        members = [member for member in entries if id(member.param) in wanted]
+        for member in members:
+            self._check_given(member, training)
+        if self._rule.starts_unset:
+            self.counters.create_unset(params, training.state)
+            return
+        for index, group in self._subgroups(members, training):
             try:
                 # torch makes counters on the default device, which may be one without memory.
                 with torch.device("cpu"):
-                    self._optimizer._create_state(self._subgroup(index, members))
+                    self._rule.collect(group, training.state, training.defaults)
             except KeyError as error:
                 (name,) = error.args
                 raise KeyError(
@@ -294,106 +286,40 @@ class Pipeline:
                     " checkpoint, or delete optimizer.state[parameter] to start it anew"
                 ) from error
 
-    def _check_given(self, member: Member) -> None:
+    def _check_given(self, member: Member, training: Training) -> None:
         """Raises ValueError for what stands in a parameter's state and is no tensor."""
-        entries = self._optimizer.state.get(member.param) or {}
-        for name in self._optimizer._states:
+        entries = training.state.get(member.param) or {}
+        for name in self._rule.states:
             value = entries.get(name, member.param)
             # None is torch's word for a momentum that is yet to come.
-            if isinstance(value, Tensor) or (value is None and not self._optimizer._has_step):
+            if isinstance(value, Tensor) or (value is None and name == self._rule.starts_unset):
                 continue
             raise ValueError(
-                f"state {name!r} of {self._name_of(member.group, member.place)} is {value!r};"
+                f"state {name!r} of {_name_of(member, training)} is {value!r};"
                 f" expected a tensor like the parameter, {describe(member.param)}. Load a matching"
                 " checkpoint, or delete optimizer.state[parameter]"
             )
 
-    def _step_together(self, foreign: list[Member], skip_nonfinite: bool) -> None:
-        """Runs a step over several plans or with torch's rules, under one norm and skip flag."""
-        plans = self._plans or {}
-        grad_scale = self.settings.handed.get("grad_scale")
-        found_inf = self.settings.handed.get("found_inf")
-        limit = self.settings.max_grad_norm
-        homes = (member.param.device for member in foreign if member.param.device.type != "meta")
-        home = next(chain(plans, homes), torch.device("cpu"))
-        reduces = bool(self.settings.reducing(self._optimizer.param_groups))
-        is_plain = grad_scale is None and found_inf is None and not reduces
-        unscale: Any = None if is_plain else _control.unscale_factor(grad_scale, home)
-        # Torch's rules take numbers of the host: with them, a step may synchronise.
-        factor = unscale.item() if foreign and grad_scale is not None else 1.0
-        groups = self._subgroups(foreign)
-        transforms = {
-            param: GradTransform(param, group, factor)
-            for _, group in groups
-            for everything in [reduces or factor != 1.0 or _control.limits(group)]
-            for param in group["params"]
-            if everything or _grad(param).is_conj()
-        }
-        if is_plain:
-            self.control = _control.nothing(home)
-        else:
-            totals = []
-            if reduces:
-                totals = [
-                    _labelled("reduce", plan.reduce, unscale.to(device))
-                    for device, plan in plans.items()
-                ]
-                totals += [transform.reduce(_grad(p)) for p, transform in transforms.items()]
-            self.control = _control.settle(totals, unscale, found_inf, limit, skip_nonfinite)
-        may_skip = found_inf is not None or skip_nonfinite
-        if foreign and not (may_skip and self.control[_control.SKIP].item() != 0):
-            clip = 1.0 if limit is None else self.control[_control.CLIP].item()
-            shared = {id(m.param) for m in foreign if m.place in self._shared_places}
-            for _, group in groups:
-                self._apply_torch_rule(group, transforms, clip, shared)
-        for device, plan in plans.items():
-            _labelled(self._optimizer._rule, plan.apply, self.control.to(device))
-
-    def _apply_torch_rule(
-        self,
-        group: dict[str, Any],
-        transforms: dict[Tensor, GradTransform],
-        clip: float,
-        shared: set[int],
-    ) -> None:
-        """Lets torch update a group: whole, or one by one what shares memory or is transformed.
-
-        No more than one gradient is copied at a time.
-        """
-        apply = self._optimizer._apply_torch_rule
-        single = []
-        if transforms or shared:
-            single = [
-                param
-                for param in group["params"]
-                if id(param) in shared
-                or (param in transforms and not (clip == 1.0 and transforms[param].is_identity))
-            ]
-        alone = set(map(id, single))
-        if whole := [param for param in group["params"] if id(param) not in alone]:
-            apply({**group, "params": whole}, None)
-        for param in single:
-            grads = [transforms[param].apply(_grad(param), clip)] if param in transforms else None
-            apply({**group, "params": [param]}, grads)
-
-    def _subgroups(self, members: list[Member]) -> list[tuple[int, dict[str, Any]]]:
+    def _subgroups(
+        self, members: list[Member], training: Training
+    ) -> list[tuple[int, dict[str, Any]]]:
         """Returns the groups of these parameters, with no others, and their indices."""
         by_group = defaultdict(list)
         for index, _, param in members:
             by_group[index].append(param)
-        return [(index, self._subgroup(index, params)) for index, params in by_group.items()]
-
-    def _subgroup(self, index: int, params: list[Tensor]) -> dict[str, Any]:
-        group = {**self._optimizer.param_groups[index], "params": params}
-        # What kernels leave to torch may share memory: one after another, as on the CPU. On a GPU
-        # torch would by itself take them side by side, as it may what no kernel serves (DTensor).
-        choice = self.settings.backend
-        served = choice != "torch" and (
-            choice != "auto" or backends.for_device(choice, params[0].device) is not None
-        )
-        if served and all(_routing.not_plain(param) is None for param in params):
-            group["foreach"] = False
-        return group
+        groups = []
+        for index, params in by_group.items():
+            group = {**training.param_groups[index], "params": params}
+            # What kernels leave to torch may share memory: one after another, as on the CPU. On a
+            # GPU torch would by itself take them side by side, as it may what no kernel serves.
+            choice = self.settings.backend
+            served = choice != "torch" and (
+                choice != "auto" or backends.for_device(choice, params[0].device) is not None
+            )
+            if served and all(_routing.not_plain(param) is None for param in params):
+                group["foreach"] = False
+            groups.append((index, group))
+        return groups
 
 
 _CHANGED = (
@@ -402,12 +328,18 @@ _CHANGED = (
 )
 
 
-def _labelled(name: str, run: Callable[..., Any], *args: Any) -> Any:
-    """Calls ``run`` and, for a profiler that looks on, names what it does."""
-    if not torch.autograd.profiler._is_profiler_enabled:
-        return run(*args)
-    with torch.profiler.record_function(f"fusedopt::{name}"):
-        return run(*args)
+def _name_of(member: Member, training: Training) -> str:
+    before = training.param_groups[: member.group]
+    position = member.place - sum(len(other["params"]) for other in before)
+    return f"parameter {position} of param group {member.group}"
+
+
+def _written(param: Tensor, state: Any) -> list[Tensor]:
+    """Returns what a step writes for a parameter, besides its counter."""
+    entries = state.get(param, {})
+    return [param] + [
+        value for name, value in entries.items() if isinstance(value, Tensor) and name != "step"
+    ]
 
 
 def _refuse_while_capturing(device_types: set[str]) -> None:
@@ -419,8 +351,3 @@ def _refuse_while_capturing(device_types: set[str]) -> None:
             "step() is captured in a graph before its state and tables exist, or after the"
             " parameters or groups changed; run one warm-up step outside of the capture"
         )
-
-
-def _grad(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad

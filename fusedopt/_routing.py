@@ -1,4 +1,4 @@
-"""Decides which parameters native kernels update and which take torch's rules."""
+"""Decides which parameters native kernels update and which take the plain rule."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def not_plain(param: Tensor) -> str | None:
     return None
 
 
-def needs_torch_rule(param: Tensor, group: dict[str, Any], entries: dict[str, Any]) -> bool:
-    """Whether a plain parameter takes torch's rule under every backend."""
+def needs_plain_rule(param: Tensor, group: dict[str, Any], entries: dict[str, Any]) -> bool:
+    """Whether a plain parameter takes the plain rule under every backend."""
     return group.get("differentiable", False) or any(
         tensor.layout != torch.strided
         or tensor.dtype not in _KERNEL_DTYPES
@@ -114,7 +114,7 @@ def _memory_range(tensor: Tensor) -> tuple[int, int]:
 def sharing_memory(owners: Iterable[tuple[Tensor, Iterable[Tensor]]]) -> set[Tensor]:
     """Returns the parameters whose memory, or whose state's, overlaps another's or itself.
 
-    Updating those in parallel would race; torch's rules take them one after another, as torch does.
+    Updating those in parallel would race; plain rules take them one after another, as torch does.
 
     Args:
         owners: Parameters, each with all tensors that a step writes for it.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
-from torch.optim.adadelta import adadelta
 
 from ._optimizer import FusedOptimizer
+from .plain.rule import PlainRule
 
 
 class Adadelta(FusedOptimizer, torch.optim.Adadelta):
@@ -42,26 +39,9 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
     Source: Zeiler, "ADADELTA: An Adaptive Learning Rate Method", 2012, arXiv:1212.5701.
     """
 
-    _rule = "adadelta"
-    _states = ("square_avg", "acc_delta")
-    _captures_on_xla = False
-
-    def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
-        lists, has_complex = self._collect(group)
-        params, own_grads, square_avgs, acc_deltas, steps = lists
-        adadelta(
-            params,
-            own_grads if grads is None else grads,
-            square_avgs,
-            acc_deltas,
-            steps,
-            capturable=group["capturable"],
-            foreach=group["foreach"],
-            differentiable=group["differentiable"],
-            has_complex=has_complex,
-            lr=group["lr"],
-            rho=group["rho"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-        )
+    _rule = PlainRule(
+        "adadelta",
+        torch.optim.Adadelta,
+        states=("square_avg", "acc_delta"),
+        captures_on_xla=False,
+    )

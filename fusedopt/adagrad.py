@@ -5,10 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.adagrad import adagrad
 
 from ._optimizer import FusedOptimizer
+from .plain.rule import PlainRule, Training
+
+
+class _AdagradRule(PlainRule):
+    def prepare(self, group: dict[str, Any], training: Training) -> dict[str, Any]:
+        # torch 2.11 makes state in the constructor only, and refuses `fused` on GPUs here.
+        fused = group["fused"]
+        initial = training.defaults["initial_accumulator_value"]
+        for param in group["params"]:
+            if param.grad is not None and not training.state[param]:
+                new = torch.optim.Adagrad([param], initial_accumulator_value=initial, fused=fused)
+                training.state[param] = new.state[param]
+        return {**group, "fused": False}
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
@@ -41,36 +52,4 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     Optimization", JMLR 2011.
     """
 
-    _rule = "adagrad"
-    _states = ("sum",)
-
-    def _collect(self, group: dict[str, Any], state: Any = None) -> tuple[list[list[Any]], Any]:
-        # torch 2.11 makes state in the constructor only, and refuses `fused` on GPUs here.
-        fused = group["fused"]
-        initial = self.defaults["initial_accumulator_value"]
-        known = self.state if state is None else state
-        for param in group["params"]:
-            if param.grad is not None and not known[param]:
-                new = torch.optim.Adagrad([param], initial_accumulator_value=initial, fused=fused)
-                known[param] = new.state[param]
-        return super()._collect({**group, "fused": False}, state)
-
-    def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
-        lists, (has_sparse_grad, has_complex) = self._collect(group)
-        params, own_grads, sums, steps = lists
-        adagrad(
-            params,
-            own_grads if grads is None else grads,
-            sums,
-            steps,
-            fused=self._fuses(group, lists),
-            has_sparse_grad=has_sparse_grad,
-            foreach=group["foreach"],
-            differentiable=group["differentiable"],
-            has_complex=has_complex,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            lr_decay=group["lr_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+    _rule = _AdagradRule("adagrad", torch.optim.Adagrad, states=("sum",))

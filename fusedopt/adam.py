@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
-from torch.optim.adam import adam
 
 from ._optimizer import FusedOptimizer
+from .plain.rule import PlainRule
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -46,36 +43,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     Reddi et al., "On the Convergence of Adam and Beyond", ICLR 2018, arXiv:1904.09237.
     """
 
-    _rule = "adam"
-    _states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    _torch_decouples = True
-    _fuses_subclasses = True
-
-    def _lerped(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg",)
-
-    def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
-        lists, has_complex = self._collect(group)
-        params, own_grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-        beta1, beta2 = group["betas"]
-        adam(
-            params,
-            own_grads if grads is None else grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
-            foreach=group["foreach"],
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
-            fused=self._fuses(group, lists),
-            has_complex=has_complex,
-            decoupled_weight_decay=group.get("decoupled_weight_decay", False),
-            amsgrad=group["amsgrad"],
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+    _rule = PlainRule(
+        "adam",
+        torch.optim.Adam,
+        states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        lerped=("exp_avg",),
+        fuses_subclasses=True,
+    )

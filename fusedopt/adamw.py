@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .adam import Adam
@@ -37,4 +39,4 @@ class AdamW(Adam, torch.optim.AdamW):
     arXiv:1711.05101.
     """
 
-    _rule = "adam"
+    _rule = replace(Adam._rule, plain=torch.optim.AdamW, always_decouples=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
-from torch.optim.rmsprop import rmsprop
 
 from ._optimizer import FusedOptimizer
+from .plain.rule import PlainRule
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -47,31 +44,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     arXiv:1308.0850.
     """
 
-    _rule = "rmsprop"
-    _states = ("square_avg", "momentum_buffer", "grad_avg")
-
-    def _lerped(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("grad_avg",) if group["centered"] else ()
-
-    def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
-        lists, has_complex = self._collect(group)
-        params, own_grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
-        rmsprop(
-            params,
-            own_grads if grads is None else grads,
-            square_avgs,
-            grad_avgs,
-            momentum_buffers,
-            steps,
-            foreach=group["foreach"],
-            maximize=group["maximize"],
-            differentiable=group["differentiable"],
-            capturable=group["capturable"],
-            has_complex=has_complex,
-            lr=group["lr"],
-            alpha=group["alpha"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            centered=group["centered"],
-        )
+    _rule = PlainRule(
+        "rmsprop",
+        torch.optim.RMSprop,
+        states=("square_avg", "momentum_buffer", "grad_avg"),
+        lerped=("grad_avg",),
+    )

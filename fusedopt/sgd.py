@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
-from torch.optim.sgd import sgd
 
 from ._optimizer import FusedOptimizer
+from .plain.rule import PlainRule
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -43,37 +40,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     ICML 2013.
     """
 
-    _rule = "sgd"
-    _has_step = False
-    _states = ("momentum_buffer",)
-    _views_as_real = False
-
-    def _create_state(self, group: dict[str, Any]) -> None:
-        for param in group["params"]:
-            buffer = torch.zeros_like(param, memory_format=torch.preserve_format)
-            self.state[param]["momentum_buffer"] = buffer
-            self._pipeline.counters.add_unset_buffer(buffer)
-
-    def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
-        unset = set(self._pipeline.counters.unset_buffers(self.state))
-        for param in unset.intersection(group["params"]):
-            del self.state[param]["momentum_buffer"]
-        lists, has_sparse_grad = self._collect(group)
-        params, own_grads, momentum_buffers = lists
-        sgd(
-            params,
-            own_grads if grads is None else grads,
-            momentum_buffers,
-            has_sparse_grad=has_sparse_grad,
-            foreach=group["foreach"],
-            fused=self._fuses(group, lists),
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
-        if group["momentum"] != 0:
-            for param, buffer in zip(params, momentum_buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
+    _rule = PlainRule(
+        "sgd",
+        torch.optim.SGD,
+        states=("momentum_buffer",),
+        has_step=False,
+        starts_unset="momentum_buffer",
+        views_as_real=False,
+    )

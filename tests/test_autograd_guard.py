@@ -171,4 +171,4 @@ def test_a_dispatch_mode_sees_the_step(backend):
     ones = torch.ones_like(start)
     assert torch.equal(weight.grad, ones @ start.t() + start.t() @ ones)
     optimizer.step()  # the kernels' again
-    assert optimizer._pipeline.backend_of(weight) == backend
+    assert optimizer.backend_of(weight) == backend

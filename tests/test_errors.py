@@ -132,7 +132,7 @@ def test_settings_changed_later(entry, backend):
         assert_same_bits(run.tensors(), before)
     run.optimizer.backend = "torch"
     run.steps(1)
-    assert run.optimizer._pipeline.backend_of(run.params[0]) == "torch"
+    assert run.optimizer.backend_of(run.params[0]) == "torch"
 
 
 def misfits() -> dict[str, tuple]:
@@ -342,7 +342,7 @@ def test_auto_without_the_extension(build_info, info, loads, why):
         warnings.simplefilter("always")
         for name in ("Adam", "SGD"):
             run = run_fused(TABLE[name], make_params(), "auto").steps(2)
-            assert run.optimizer._pipeline.backend_of(run.params[0]) == "torch"
+            assert run.optimizer.backend_of(run.params[0]) == "torch"
     texts = [str(w.message) for w in caught if "fusedopt" in str(w.message)]
     assert len(texts) == expected
     if expected:

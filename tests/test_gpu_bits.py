@@ -121,7 +121,7 @@ def test_types(entry, backend, types):
     for seed in (2, 3):
         step_both(gpu, cpu, seed, dtype=grad_dtype)
     assert_same_bits(gpu.tensors(), cpu.tensors())
-    assert gpu.optimizer._pipeline.backend_of(gpu.params[0]) == backend
+    assert gpu.optimizer.backend_of(gpu.params[0]) == backend
 
 
 @OURS
@@ -136,7 +136,7 @@ def test_memory_layouts(entry, backend, dtype, layout, same_for_grads):
     for seed in (1, 2):
         step_both(gpu, cpu, seed, layout if same_for_grads else "contiguous")
     assert_same_bits(gpu.tensors(), cpu.tensors())
-    assert gpu.optimizer._pipeline.backend_of(gpu.params[0]) == backend
+    assert gpu.optimizer.backend_of(gpu.params[0]) == backend
 
 
 @OURS

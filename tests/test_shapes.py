@@ -227,7 +227,7 @@ def test_parameters_that_share_memory(entry, backend, overlap):
         runs.append(Run(params, make(entry, params, **options)).steps(4))
     assert_close(runs[1].tensors(), runs[0].tensors())
     # Small tensors would not race: this says that large ones cannot.
-    used = [runs[1].optimizer._pipeline.backend_of(param) for param in runs[1].params]
+    used = [runs[1].optimizer.backend_of(param) for param in runs[1].params]
     assert used[2] == backend
     assert overlap == "interleaved" or used[:2] == ["torch", "torch"]
 

@@ -28,6 +28,7 @@ from table import (
 )
 
 from fusedopt import backends as library_backends
+from fusedopt.plain.rule import PlainRule
 
 OURS = pytest.mark.parametrize("entry", **ENTRIES)
 BACKENDS = pytest.mark.parametrize("backend", backends())
@@ -65,7 +66,7 @@ def test_sparse_gradients(entry, backend, maximize):
         step_sparse(run, 3)
         step_sparse(run, 4)
     assert_close(runs[1].tensors(), runs[0].tensors())
-    assert runs[1].optimizer._pipeline.backend_of(runs[1].params[1]) == backend
+    assert runs[1].optimizer.backend_of(runs[1].params[1]) == backend
 
 
 @pytest.mark.parametrize("entry", DENSE, ids=lambda entry: entry.name)
@@ -134,7 +135,7 @@ def test_complex_parameters(entry, backend, dtype):
             params[0].grad = grad.to(dtype=dtype, device=device)
             run.optimizer.step()
         runs.append(run)
-    assert [runs[1].optimizer._pipeline.backend_of(p) for p in params[:2]] == ["torch", backend]
+    assert [runs[1].optimizer.backend_of(p) for p in params[:2]] == ["torch", backend]
     for ours, stock in zip(*(run.tensors().values() for run in reversed(runs)), strict=True):
         torch.testing.assert_close(ours, stock)
 
@@ -196,7 +197,7 @@ def test_subclass_that_changes_nothing(entry, backend):
     ours = Run(params, make_fused(entry, params, backend, **richest(entry))).steps(2)
     stock = run_stock(entry, [values], **richest(entry)).steps(2)
     torch.testing.assert_close(ours.params[0].detach(), stock.params[0].detach(), check_dtype=True)
-    assert ours.optimizer._pipeline.backend_of(params[0]) == backend
+    assert ours.optimizer.backend_of(params[0]) == backend
 
 
 @OURS
@@ -211,7 +212,7 @@ def test_subclass_with_its_own_operations(entry):
             set_grads(each.params, seed)
             each.optimizer.step()
     torch.testing.assert_close(params[0].detach().as_subclass(torch.Tensor), plain.params[0].data)
-    assert run.optimizer._pipeline.backend_of(params[0]) == "torch"
+    assert run.optimizer.backend_of(params[0]) == "torch"
     for backend in native_backends():
         optimizer = make_fused(entry, params, backend)
         with pytest.raises(
@@ -332,11 +333,12 @@ def test_without_kernels_torch_takes_a_group_at_once(entry, monkeypatch):
     monkeypatch.setattr(library_backends, "for_device", lambda choice, device: None)
     optimizer = make_fused(entry, make_params([(3,)] * 5), "auto", **richest(entry))
     taken = []
-    update = optimizer._update_with_torch
-    monkeypatch.setattr(
-        optimizer,
-        "_update_with_torch",
-        lambda group, grads: (taken.append(len(group["params"])), update(group, grads)),
-    )
+    update = PlainRule.update
+
+    def note(rule, group, grads, training):
+        taken.append(len(group["params"]))
+        update(rule, group, grads, training)
+
+    monkeypatch.setattr(PlainRule, "update", note)
     Run(optimizer.param_groups[0]["params"], optimizer).steps(1)
     assert taken == [5]

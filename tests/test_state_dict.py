@@ -176,7 +176,7 @@ def test_loaded_flags_do_not_change_the_backend(entry, backend, loaded):
     ours.load_state_dict(stock.state_dict())
     Run(params, ours).steps(1, first=2)
     assert ours.backend == backend
-    assert ours._pipeline.backend_of(params[0]) == backend
+    assert ours.backend_of(params[0]) == backend
 
 
 @OURS

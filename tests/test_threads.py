@@ -278,10 +278,10 @@ def test_gradients_beside_parameters_in_one_buffer_stay_native(backend):
     optimizer = make_fused(SGD, [param], backend, lr=1.0)
     param.grad = flat[12:]
     optimizer.step()
-    assert optimizer._pipeline.backend_of(param) == backend
-    assert optimizer._pipeline._begin() == []
+    assert optimizer.backend_of(param) == backend
+    assert optimizer._pipeline._begin(optimizer._training()) == []
     optimizer._pipeline._end()
     torch.testing.assert_close(param.detach(), torch.full((12,), -12.0, device=flat.device))
     param.grad = flat[11:23]
-    assert len(optimizer._pipeline._begin()) == 1
+    assert len(optimizer._pipeline._begin(optimizer._training())) == 1
     optimizer._pipeline._end()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
 
 import pytest
@@ -322,12 +324,8 @@ def test_a_parameter_listed_twice_counts_once(entry, backend):
 
 def taken(monkeypatch, entry) -> list[tuple]:
     """Returns (number of parameters, foreach, fused) of the calls of torch's function to come."""
-    import fusedopt
-
-    module = __import__(f"fusedopt.{entry.name.lower()}", fromlist=["x"])
-    assert module.__name__.startswith(fusedopt.__name__)
-    name = {"AdamW": "adam"}.get(entry.name, entry.name.lower())
-    module = __import__(f"fusedopt.{name}", fromlist=["x"])
+    name = inspect.unwrap(entry.stock.step).__module__.rpartition(".")[2]
+    module = importlib.import_module(f"torch.optim.{name}")
     function, calls = getattr(module, name), []
 
     def count(params, *args, foreach=None, fused=None, **kwargs):

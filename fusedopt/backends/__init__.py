@@ -1,17 +1,18 @@
 """The backends: where a step's loops run.
 
-A native backend is a module with ``unavailable(device)`` (why it does not work here, or None),
-``expected()`` (whether that is worth a warning), ``serves(device)`` and ``make_plan(rule, device,
-slots, param_groups, state)``. What no native backend takes, torch's own rules do.
+A native backend is a module of this package (see ``interface.Backend``). What no native backend
+takes, plain rules do.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from types import ModuleType
+from typing import Any
 
 import torch
+
+from .interface import Backend
 
 #: Native backends, in the order that "auto" prefers them.
 NATIVE = ("cuda", "triton", "cpu")
@@ -21,9 +22,10 @@ CHOICES = ("auto", *NATIVE, "torch")
 _warned: set[str] = set()
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """Returns the module of a native backend."""
-    return importlib.import_module(f"{__name__}.{name}")
+    backend: Any = importlib.import_module(f"{__name__}.{name}")
+    return backend
 
 
 def check(choice: str) -> str:
@@ -40,7 +42,7 @@ def check(choice: str) -> str:
     return choice
 
 
-def for_device(choice: str, device: torch.device) -> ModuleType | None:
+def for_device(choice: str, device: torch.device) -> Backend | None:
     """Returns the native backend for parameters on ``device``, or None for torch's rules.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import extension
+from .interface import Plan, Slot
 
 NAME = "cuda"
 
@@ -65,9 +66,9 @@ def serves(device: torch.device) -> bool:
 def make_plan(
     rule: str,
     device: torch.device,
-    slots: list[tuple[int, torch.Tensor, torch.Tensor | None]],
+    slots: list[Slot],
     param_groups: list[dict[str, Any]],
-    state: dict[torch.Tensor, Any],
-) -> Any:
+    state: Any,
+) -> Plan:
     """Returns the plan of these parameters; see ``csrc/python/cuda_plan.h``."""
     return extension.module().CudaPlan(rule, device.index, slots, param_groups, state)

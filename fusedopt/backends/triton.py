@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import extension
+from .interface import Plan, Slot
 
 NAME = "triton"
 
@@ -59,10 +60,10 @@ def serves(device: torch.device) -> bool:
 def make_plan(
     rule: str,
     device: torch.device,
-    slots: list[tuple[int, torch.Tensor, torch.Tensor | None]],
+    slots: list[Slot],
     param_groups: list[dict[str, Any]],
-    state: dict[torch.Tensor, Any],
-) -> Any:
+    state: Any,
+) -> Plan:
     """Returns the plan of these parameters; see ``kernels/plan.py``. Imports Triton.
 
     Raises:
@@ -90,9 +91,9 @@ def host_path() -> str:
 def _make_books(
     rule: str,
     device: torch.device,
-    slots: list[tuple[int, torch.Tensor, torch.Tensor | None]],
+    slots: list[Slot],
     param_groups: list[dict[str, Any]],
-    state: dict[torch.Tensor, Any],
+    state: Any,
 ) -> Any:
     """The books in C++ where there is an extension that fits this torch, else those in Python."""
     if extension.unavailable() is None:
