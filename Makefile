@@ -89,7 +89,7 @@ ASAN = build/asan
 ASAN_PRELOAD = $(foreach library,asan stdc++,$(shell c++ -print-file-name=lib$(library).so))
 ASAN_RUN = PYTHONPATH=$(abspath $(ASAN)/site) LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
            UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
-ASAN_TESTS = rules_test instruction_sets_test threads_test
+ASAN_TESTS = numbers_test instruction_sets_test threads_test
 
 test-asan: $(VENV)/installed.stamp  ## bad accesses and undefined behaviour: C++ tests, a thin table of tests, the fuzzer
 	$(call configure,$(ASAN),-DFUSEDOPT_SANITIZE=address)

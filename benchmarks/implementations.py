@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from workloads import LOSS_SCALE, Case
+from workloads import LOSS_SCALE, Case, plain_class
 
 import fusedopt
 
@@ -163,18 +163,20 @@ def _fusedopt(backend: str, device: str) -> list[Implementation]:
 
 def _stock(**flags: bool) -> Build:
     def build(case: Case, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return getattr(torch.optim, case.algorithm)(groups, **flags, **case.options())
+        kind = plain_class(case.algorithm)
+        # To do without what it does not have needs no word.
+        known = inspect.signature(kind).parameters
+        given = {name: value for name, value in flags.items() if value or name in known}
+        return kind(groups, **given, **case.options())
 
     return build
 
 
 def _stock_obstacle(flag: str) -> Callable[[Case], str | None]:
     def obstacle(case: Case) -> str | None:
-        kind = getattr(torch.optim, case.algorithm, None)
-        if kind is None:
-            return f"torch.optim has no {case.algorithm}"
+        kind = plain_class(case.algorithm)
         if flag not in inspect.signature(kind.__init__).parameters:
-            return f"torch.optim.{case.algorithm} has no {flag} implementation"
+            return f"plain {case.algorithm} has no {flag} implementation"
         # Some take the flag and refuse the device at the first step: the fused Adagrad of torch
         # 2.11 does so on GPUs.
         param = torch.nn.Parameter(torch.ones(1, dtype=case.torch_dtype, device=case.device))
@@ -182,7 +184,7 @@ def _stock_obstacle(flag: str) -> Callable[[Case], str | None]:
         try:
             kind([param], **({} if flag == "params" else {flag: True}), **case.options()).step()
         except RuntimeError as error:
-            return f"torch.optim.{case.algorithm}({flag}=True) refuses {case.device}: {error}"
+            return f"plain {case.algorithm}({flag}=True) refuses {case.device}: {error}"
         return None
 
     return obstacle
@@ -314,7 +316,7 @@ IMPLEMENTATIONS = {
         Implementation(
             "fusedopt-torch", _ours("torch"), _our_obstacle("torch"), fused_pipeline=True
         ),
-        Implementation("torch-forloop", _stock(foreach=False), _stock_obstacle("foreach")),
+        Implementation("torch-forloop", _stock(foreach=False), _stock_obstacle("params")),
         Implementation("torch-foreach", _stock(foreach=True), _stock_obstacle("foreach")),
         Implementation("torch-fused", _stock(fused=True), _stock_obstacle("fused")),
         Implementation("torch-compiled", _compiled, _stock_obstacle("params")),

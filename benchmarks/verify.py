@@ -12,9 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from implementations import Runner
 from torch import Tensor
-from workloads import LOSS_SCALE, Case
-
-import fusedopt
+from workloads import LOSS_SCALE, Case, plain_class
 
 STEPS = 3
 #: Of the gradients in the three steps: the second is clipped, the first and third are not. A rule
@@ -59,12 +57,10 @@ class Reference:
         self._limit = limit
         self._start = list(slices(params))
         self._params = [torch.nn.Parameter(start.clone()) for start in self._start]
-        stock = getattr(torch.optim, case.algorithm, None)
-        if stock is None:
-            ours = getattr(fusedopt, case.algorithm)
-            self.optimizer = ours(case.groups(self._params), backend="torch", **case.options())
-        else:
-            self.optimizer = stock(case.groups(self._params), foreach=False, **case.options())
+        plain = plain_class(case.algorithm)
+        self.optimizer = plain(case.groups(self._params), **case.options())
+        for group in self.optimizer.param_groups:
+            group["foreach"] = False
 
     def step(self, grads: list[Tensor]) -> None:
         """Takes a step with the case's full gradients."""

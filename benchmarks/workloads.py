@@ -25,6 +25,13 @@ ALGORITHMS = tuple(
     for name in fusedopt.__all__
     if isinstance(kind := getattr(fusedopt, name), type) and issubclass(kind, torch.optim.Optimizer)
 )
+
+
+def plain_class(algorithm: str) -> Any:
+    """Returns the class of an algorithm in plain torch: torch's, or ours of what torch lacks."""
+    return getattr(fusedopt, algorithm)._rule.plain
+
+
 #: What each workload does in one step, and whether it reads the gradients once more for a norm.
 WORKLOADS = {
     "bare": "the update alone",

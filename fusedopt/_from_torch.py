@@ -34,7 +34,7 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> Any:
     """
     twin_class = TWINS.get(type(optimizer))
     if twin_class is None:
-        known = [kind.__name__ for kind in TWINS if kind.__module__.startswith("torch.optim.")]
+        known = sorted(k.__name__ for k in TWINS if k.__module__.startswith("torch.optim."))
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}; expected exactly one of"
             f" {', '.join(f'torch.optim.{name}' for name in known)}. A subclass may have changed"

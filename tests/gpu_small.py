@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import torch
-
-import fusedopt
+from table import TABLE, make_fused, richest
 
 SHAPES = ((1031,), (3, 5), (1,), (0,), (70_003,))
-RICHEST = {
-    "Adam": {"amsgrad": True},
-    "AdamW": {},
-    "SGD": {"momentum": 0.9},
-    "RMSprop": {"centered": True, "momentum": 0.5},
-    "Adagrad": {},
-    "Adadelta": {},
-}
 CLIPS = {
     "max_grad_norm": 1.0,
     "max_grad_norm_per_param": 0.5,
@@ -32,11 +23,11 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Te
 
 def main() -> None:
     """Runs the steps, and says so when all are done."""
-    for name, options in RICHEST.items():
+    for entry in TABLE.values():
         for dtype in (torch.float32, torch.bfloat16):
             for offset, clips in ((0, {}), (1, CLIPS)):
                 params = [torch.nn.Parameter(numbers(s, dtype, offset)) for s in SHAPES]
-                optimizer = getattr(fusedopt, name)(params, backend="cuda", **options, **clips)
+                optimizer = make_fused(entry, params, "cuda", **richest(entry), **clips)
                 for _ in range(2):
                     for param, shape in zip(params, SHAPES, strict=True):
                         param.grad = numbers(shape, dtype, offset)

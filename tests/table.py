@@ -54,12 +54,27 @@ class Entry:
         return name in inspect.signature(self.stock).parameters
 
     @property
-    def stock(self) -> type[torch.optim.Optimizer]:
-        """Torch's class."""
-        return getattr(torch.optim, self.name)
+    def in_torch(self) -> bool:
+        """Whether the plain class is torch's."""
+        return self.stock.__module__.startswith("torch.optim.")
 
     @property
-    def fused(self) -> type[torch.optim.Optimizer]:
+    def serial(self) -> dict[str, Any]:
+        """What has the plain class take one parameter after the other."""
+        return {"foreach": False} if self.takes("foreach") else {}
+
+    @property
+    def decouples(self) -> bool:
+        """Whether the plain class knows decoupled weight decay."""
+        return self.fused._rule.always_decouples or self.takes("decoupled_weight_decay")
+
+    @property
+    def stock(self) -> type[torch.optim.Optimizer]:
+        """The plain class: torch's, or ours of what torch lacks."""
+        return self.fused._rule.plain
+
+    @property
+    def fused(self) -> Any:
         """Our class."""
         return getattr(fusedopt, self.name)
 
@@ -158,6 +173,8 @@ def entries(chosen: Iterable[Entry] = TABLE.values()) -> dict[str, Any]:
 
 
 ENTRIES = entries()
+#: Those whose plain class is torch's.
+IN_TORCH = entries(entry for entry in TABLE.values() if entry.in_torch)
 #: Those that torch can capture in a graph only where it is told so.
 CAPTURABLE = entries(entry for entry in TABLE.values() if entry.takes("capturable"))
 #: Those with torch's `step` in their state.
@@ -168,6 +185,11 @@ def richest(entry: Entry) -> dict[str, Any]:
     """Returns the variant with the most state, the one to try when only one is tried."""
     names = {"SGD": "momentum", "RMSprop": "all", "Adam": "amsgrad", "AdamW": "amsgrad"}
     return entry.variants[names.get(entry.name, "plain")]
+
+
+def gentle(entry: Entry) -> dict[str, Any]:
+    """Returns the same, with a large eps where there is one: no quotient of two tiny numbers."""
+    return richest(entry) | ({"eps": 1e-3} if entry.takes("eps") else {})
 
 
 def _triton_interprets() -> bool:
@@ -302,8 +324,8 @@ def set_grads(
 
 def make_stock(entry: Entry, params: Any, **options: Any) -> torch.optim.Optimizer:
     """Returns torch's plain optimizer, with our decoupled decay where torch has none."""
-    options = {"foreach": False, **options}
-    decoupled = options.get("decoupled_weight_decay") and entry.name not in ("Adam", "AdamW")
+    options = {**entry.serial, **options}
+    decoupled = options.get("decoupled_weight_decay") and not entry.decouples
     decay = 0.0
     if decoupled:
         del options["decoupled_weight_decay"]

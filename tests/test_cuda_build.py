@@ -92,9 +92,9 @@ def test_exact_arithmetic(objects, name):
     assert found <= (fused if name == "reduce" else set())
     assert ".approx" not in code
     assert ".ftz" not in code
-    # SGD divides only once, 1 by the loss scale.
-    assert "rcp.rn.f64" in code if name == "sgd" else "div.rn.f64" in code
-    assert name in ("sgd", "reduce") or ("div.rn.f32" in code and "sqrt.rn.f32" in code)
+    # At least 1 is divided by the loss scale.
+    inexact = r"\b(?:div|rcp|sqrt)\.(?!rn\.f|[us]\d)[\w.]+"
+    assert re.search(r"\b(?:div|rcp)\.rn\.f64", code) and not re.findall(inexact, code)
 
 
 def test_noted_architectures(objects):

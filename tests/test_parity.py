@@ -8,6 +8,7 @@ import pytest
 import torch
 from table import (
     ENTRIES,
+    IN_TORCH,
     INTERPRETED,
     SHAPES,
     Entry,
@@ -37,7 +38,7 @@ def inputs(entry: Entry, device: str) -> list[dict]:
     return [case.kwargs for case in found]
 
 
-@OURS
+@pytest.mark.parametrize("entry", **IN_TORCH)
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_optim_db_inputs(entry, backend, dtype):
@@ -85,7 +86,7 @@ def outcome(cls: type, case, **extras) -> tuple:
     return None, None
 
 
-@OURS
+@pytest.mark.parametrize("entry", **IN_TORCH)
 @BACKENDS
 def test_optim_db_error_inputs(entry, backend):
     """Whatever torch refuses, we refuse with the same type and the same text."""

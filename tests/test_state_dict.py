@@ -66,7 +66,7 @@ def with_unset_momentum(backend: str) -> Run:
 @BACKENDS
 def test_there_and_back(entry, options, backend):
     """Torch -> ours -> torch -> ours, two steps each, ends where torch alone does."""
-    if options.get("decoupled_weight_decay") and entry.name != "Adam":
+    if options.get("decoupled_weight_decay") and not entry.decouples:
         options = {**options, "decoupled_weight_decay": False}
     plain = {k: v for k, v in options.items() if k != "decoupled_weight_decay" or v}
     start = make_params(SHAPES, device=device_of(backend))
@@ -130,7 +130,8 @@ def test_defaults_and_group_keys(entry, given):
 def test_stock_checkpoint_keeps_our_settings(entry, backend):
     """What a stock checkpoint does not know stays as it is, group by group."""
     params = make_params([(3,), (4,)], device=device_of(backend))
-    stock = entry.stock([{"params": params[:1]}, {"params": params[1:], "lr": 0.5}], foreach=True)
+    several = {"foreach": True} if entry.takes("foreach") else {}
+    stock = entry.stock([{"params": params[:1]}, {"params": params[1:], "lr": 0.5}], **several)
     Run(params, stock).steps(1)
     groups = [
         {"params": params[:1], "max_grad_value": 0.25},
@@ -167,8 +168,8 @@ def test_our_checkpoint_carries_group_keys_only(entry):
 @pytest.mark.parametrize("loaded", [{"foreach": True}, {"fused": True}, {"foreach": False}])
 def test_loaded_flags_do_not_change_the_backend(entry, backend, loaded):
     """`fused` and `foreach` of a checkpoint say how it was made, not how we go on."""
-    if "fused" in loaded and entry.name in ("RMSprop", "Adadelta"):
-        pytest.skip("torch has no fused form")
+    if not all(map(entry.takes, loaded)):
+        pytest.skip("the plain class has no such form")
     params = make_params([(3,)], device=device_of(backend))
     stock = entry.stock(params, **loaded)
     Run(params, stock).steps(1)

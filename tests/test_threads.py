@@ -257,7 +257,7 @@ def test_a_gradient_that_is_written_memory(entry, backend):
     results = []
     for make in (entry.stock, entry.fused):
         params = make_params(shapes, device=device)
-        own = {"foreach": False} if make is entry.stock else {"backend": backend}
+        own = entry.serial if make is entry.stock else {"backend": backend}
         optimizer = make(params, **richest(entry), **own)
         set_grads(params, 1)
         optimizer.step()

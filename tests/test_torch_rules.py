@@ -10,6 +10,7 @@ import pytest
 import torch
 from table import (
     ENTRIES,
+    IN_TORCH,
     TABLE,
     Run,
     assert_close,
@@ -312,7 +313,7 @@ def test_a_parameter_listed_twice_counts_once(entry, backend):
             if ours:
                 optimizer = entry.fused([first, second, first], backend=backend, max_grad_norm=1.0)
             else:
-                optimizer = entry.stock([first, second, first], foreach=False)
+                optimizer = entry.stock([first, second, first], **entry.serial)
         first.grad, second.grad = random((3,), 1).to(device) * 2, random((2,), 2).to(device)
         if not ours:
             norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -331,7 +332,7 @@ def taken(monkeypatch, entry) -> list[tuple]:
     def count(params, *args, foreach=None, fused=None, **kwargs):
         calls.append((len(params), foreach, fused))
         kwargs = {**kwargs, "foreach": foreach}
-        if entry.name not in ("RMSprop", "Adadelta"):
+        if entry.takes("fused"):
             kwargs["fused"] = fused
         return function(params, *args, **kwargs)
 
@@ -339,11 +340,11 @@ def taken(monkeypatch, entry) -> list[tuple]:
     return calls
 
 
-@OURS
+@pytest.mark.parametrize("entry", **IN_TORCH)
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}])
 def test_the_torch_backend_decides_as_torch_does(entry, options, monkeypatch):
     """Whole groups at once, and what the group says about foreach and fused reaches torch."""
-    if "fused" in options and entry.name in ("RMSprop", "Adadelta"):
+    if "fused" in options and not entry.takes("fused"):
         pytest.skip("torch has no fused form")
     start = make_params([(3,)] * 5)
     calls = taken(monkeypatch, entry)
@@ -384,7 +385,7 @@ def test_fused_kernels_in_half_types(name, dtype):
     assert_same_bits(ours.tensors(), run_stock(entry, start, **options).steps(3).tensors())
 
 
-@OURS
+@pytest.mark.parametrize("entry", **IN_TORCH)
 @BACKENDS
 def test_groups_with_a_limit_alone_go_one_by_one(entry, backend, monkeypatch):
     """Those that nothing transforms are torch's whole, beside them."""

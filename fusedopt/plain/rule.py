@@ -134,7 +134,7 @@ class _Runner:
             "list_count": len(inspect.signature(plain._init_group).parameters) - 2,
             "plain_step": staticmethod(inspect.unwrap(plain.step)),
         }
-        return type(f"_{plain.__name__}Runner", (_Runner, plain), names)
+        return type(plain.__name__, (_Runner, plain), names)
 
     @staticmethod
     def make(rule: PlainRule, training: Training, grads: list[Tensor] | None) -> Any:
