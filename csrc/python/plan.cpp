@@ -240,9 +240,10 @@ bool Plan::slot_holds(size_t index) {
   if (slot.state != nullptr && !slot.guard.unchanged(slot.state) && !state_holds(index)) {
     return false;
   }
+  if (!param_of(slot).unchanged(geometries_)) return false;
   const size_t end = watched_end(slot);
-  for (size_t k = slot.first_watched; k < end; ++k) {
-    if (!watched_[k].unchanged(geometries_)) return false;
+  for (size_t k = slot.first_watched + 1; k < end; ++k) {
+    if (!watched_[k].in_order(geometries_)) return false;
   }
   return true;
 }

@@ -66,7 +66,9 @@ void Plan::bump_versions() const {
     const Slot& slot = slots_[i];
     const size_t end = slot.first_watched + 1 + slot.state_count;
     for (size_t k = slot.first_watched; k < end; ++k) {
-      if (k + kAhead < watched_.size()) watched_[k + kAhead].prefetch_version();
+      if (k + kAhead < watched_.size()) {
+        __builtin_prefetch(version_place(watched_[k + kAhead].impl()), 1);
+      }
       if (rows_[i].grad != nullptr) bump_version(watched_[k].impl());
     }
   }

@@ -43,20 +43,13 @@ PointerFilter::PointerFilter(size_t capacity) {
   words_.resize((size_t{1} << (64 - shift_)) / 64);
 }
 
+const void* version_place(const c10::TensorImpl& tensor) { return counter_of(tensor).get(); }
+
 void bump_version(const c10::TensorImpl& tensor) {
   const auto& counter = counter_of(tensor);
   if (!counter) return;  // an inference tensor
   auto& version = counter->version_;
   version.store(version.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
 }
-
-Watched::Watched(PyObject* object, Geometries& geometries)
-    : object_(object),
-      impl_(as_tensor(object)->unsafeGetTensorImpl()),
-      storage_(impl_->unsafe_storage().unsafeGetStorageImpl()),
-      data_(first_byte(*impl_)),
-      context_(memory_of(*impl_).get_context()),
-      version_(counter_of(*impl_).get()),
-      geometry_(geometries.number_of(*impl_)) {}
 
 }  // namespace fusedopt

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <Python.h>
+#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstdint>
@@ -22,16 +23,15 @@ class Geometry {
       : keys_(tensor.key_set()),
         dtype_(tensor.dtype()),
         device_(tensor.device()),
+        numel_(tensor.numel()),
+        is_contiguous_(tensor.is_contiguous()),
         ndim_(tensor.sizes().size()),
         sizes_and_strides_(tensor.sizes().vec()) {
     for (const int64_t stride : tensor.strides()) sizes_and_strides_.push_back(stride);
   }
 
-  // The keys come first: they also tell whether there are strides and a storage to ask for.
   bool fits(const c10::TensorImpl& tensor) const {
-    if (tensor.key_set() != keys_ || tensor.dtype() != dtype_ || tensor.device() != device_) {
-      return false;
-    }
+    if (!same_kind(tensor)) return false;
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
     if (sizes.size() != ndim_) return false;
@@ -42,10 +42,24 @@ class Geometry {
     return true;
   }
 
+  // Whether as many elements follow one another in the same order, whatever their shape. Spares a
+  // contiguous tensor the sizes and strides, which fill cache lines of their own.
+  bool orders(const c10::TensorImpl& tensor) const {
+    if (!is_contiguous_) return fits(tensor);
+    return same_kind(tensor) && tensor.numel() == numel_ && tensor.is_contiguous();
+  }
+
  private:
+  // Comes first: the keys also tell whether there are strides and a storage to ask for.
+  bool same_kind(const c10::TensorImpl& tensor) const {
+    return tensor.key_set() == keys_ && tensor.dtype() == dtype_ && tensor.device() == device_;
+  }
+
   c10::DispatchKeySet keys_;
   caffe2::TypeMeta dtype_;
   c10::Device device_;
+  int64_t numel_;
+  bool is_contiguous_;
   size_t ndim_;
   std::vector<int64_t> sizes_and_strides_;
 };
@@ -60,6 +74,9 @@ class Geometries {
  private:
   std::vector<Geometry> all_;
 };
+
+// The memory behind a tensor's version; only to prefetch.
+const void* version_place(const c10::TensorImpl& tensor);
 
 // Tells autograd that a tensor was written, as bump_version() does at four times the cost: the
 // interpreter's lock is held, and who writes the same tensor at the same time without has a race
@@ -116,10 +133,15 @@ class PointerFilter {
   std::vector<uint64_t> words_;
 };
 
-// One tensor of the optimizer's.
+// One tensor of the optimizer's. Small, for a step goes through those of all parameters.
 class Watched {
  public:
-  Watched(PyObject* object, Geometries& geometries);
+  Watched(PyObject* object, Geometries& geometries)
+      : object_(object),
+        impl_(tensor().unsafeGetTensorImpl()),
+        storage_(impl_->unsafe_storage().unsafeGetStorageImpl()),
+        data_(first_byte(*impl_)),
+        geometry_(geometries.number_of(*impl_)) {}
 
   PyObject* object() const { return object_; }
 
@@ -132,12 +154,13 @@ class Watched {
   }
 
   // Whether the object, which must be alive and a tensor, holds the same one, as it was, in the
-  // same memory, which is nobody else's too: behind another context it has been lent
-  // (torch._lazy_clone).
+  // same memory.
   bool unchanged(const Geometries& geometries) const {
-    return tensor().unsafeGetTensorImpl() == impl_ && geometries[geometry_].fits(*impl_) &&
-           impl_->unsafe_storage().unsafeGetStorageImpl() == storage_ &&
-           first_byte(*impl_) == data_ && memory_of(*impl_).get_context() == context_;
+    return holds_same() && geometries[geometry_].fits(*impl_) && same_memory();
+  }
+  // Whether at least the elements are the same, in the same order.
+  bool in_order(const Geometries& geometries) const {
+    return holds_same() && geometries[geometry_].orders(*impl_) && same_memory();
   }
 
   // Only while it is known to be the one that was watched.
@@ -152,18 +175,20 @@ class Watched {
     prefetch_tensor(impl_);
     prefetch_storage(storage_);
   }
-  FUSEDOPT_PREFETCH void prefetch_version() const {
-    __builtin_prefetch(impl_);
-    __builtin_prefetch(version_, 1);
-  }
 
  private:
+  bool holds_same() const { return tensor().unsafeGetTensorImpl() == impl_; }
+  // Where it was, and lent to nobody (torch._lazy_clone).
+  bool same_memory() const {
+    return impl_->unsafe_storage().unsafeGetStorageImpl() == storage_ &&
+           first_byte(*impl_) == data_ &&
+           memory_of(*impl_).get_deleter() != &c10::impl::cow::cow_deleter;
+  }
+
   PyObject* object_;
   c10::TensorImpl* impl_;
   const c10::StorageImpl* storage_;
   const void* data_;
-  const void* context_;
-  const void* version_;  // only to prefetch
   int32_t geometry_;
 };
 
