@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from table import (
+    COUNTING,
     ENTRIES,
     TABLE,
     Run,
@@ -237,6 +238,40 @@ CHANGES = [
 def test_change_between_steps(entry, backend, change):
     """Ours goes on from it as torch's does."""
     both(entry, backend, change)
+
+
+@OURS
+@BACKENDS
+def test_lent_memory_is_not_written(entry, backend):
+    """``torch._lazy_clone`` shares memory until one side writes: that side moves elsewhere."""
+    lent = []
+
+    def lend(run: Run) -> None:
+        for param in run.params:
+            for tensor in (param.detach(), *run.optimizer.state.get(param, {}).values()):
+                lent.append((torch._lazy_clone(tensor), tensor.clone()))
+
+    both(entry, backend, lend)
+    for borrowed, value in lent:
+        assert torch.equal(borrowed, value)
+
+
+@pytest.mark.parametrize("entry", **COUNTING)
+@BACKENDS
+def test_swapped_state(entry, backend):
+    """``torch.utils.swap_tensors`` exchanges what an object holds; the step goes on from that."""
+    put_away = []
+
+    def swap(run: Run) -> None:
+        for entries in run.optimizer.state.values():
+            for value in entries.values():
+                other = value * 2
+                put_away.append((other, value.clone()))
+                torch.utils.swap_tensors(value, other)
+
+    both(entry, backend, swap)
+    for other, value in put_away:
+        assert torch.equal(other, value)
 
 
 @OURS

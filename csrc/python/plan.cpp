@@ -86,7 +86,7 @@ void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
   numel_ += row.numel;
   Slot& slot = slots_[index];
   slot.first_watched = watched_.size();
-  watched_.emplace_back(Watched::Kind::kParameter, param.ptr(), geometries_);
+  watched_.emplace_back(param.ptr(), geometries_);
   slot.gradient_place = &grad_of(index);
   slot.state = PyDict_GetItemWithError(state, param.ptr());
   if (slot.state == nullptr && PyErr_Occurred()) throw py::error_already_set();
@@ -100,7 +100,7 @@ void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
   row.step_type = dtype_of(*steps).value();
   if (step_of(slot.state) == counter.ptr()) {
     slot.step = counter.ptr();
-    watched_.emplace_back(Watched::Kind::kState, slot.step, geometries_);
+    watched_.emplace_back(slot.step, geometries_);
   } else {
     hidden_counters_.push_back(*steps);
   }
@@ -126,7 +126,7 @@ bool Plan::adopt_states(size_t index) {
     row.state_type[slot.state_count] = *dtype_of(*tensor);
     slot.dense =
         slot.dense && same_strides(*tensor->unsafeGetTensorImpl(), *param.unsafeGetTensorImpl());
-    watched_.emplace_back(Watched::Kind::kState, value, geometries_);
+    watched_.emplace_back(value, geometries_);
     ++slot.state_count;
   }
   return true;
@@ -210,7 +210,6 @@ FUSEDOPT_PREFETCH void Plan::prefetch(size_t index) const {
   if (index >= slots_.size()) return;
   const Slot& slot = slots_[index];
   const size_t end = watched_end(slot);
-  param_of(slot).prefetch_object();
   for (size_t k = slot.first_watched; k < end; ++k) watched_[k].prefetch();
   __builtin_prefetch(slot.state);
   __builtin_prefetch(slot.gradient_place);

@@ -50,14 +50,13 @@ void bump_version(const c10::TensorImpl& tensor) {
   version.store(version.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
 }
 
-Watched::Watched(Kind kind, PyObject* object, Geometries& geometries)
+Watched::Watched(PyObject* object, Geometries& geometries)
     : object_(object),
       impl_(as_tensor(object)->unsafeGetTensorImpl()),
       storage_(impl_->unsafe_storage().unsafeGetStorageImpl()),
       data_(first_byte(*impl_)),
+      context_(memory_of(*impl_).get_context()),
       version_(counter_of(*impl_).get()),
-      geometry_(geometries.number_of(*impl_)),
-      shell_(kind == Kind::kState ? as_tensor(object)->getIntrusivePtr()
-                                  : at::Tensor().getIntrusivePtr()) {}
+      geometry_(geometries.number_of(*impl_)) {}
 
 }  // namespace fusedopt

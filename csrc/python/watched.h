@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <Python.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <cstdint>
 #include <utility>
@@ -65,11 +66,14 @@ class Geometries {
 // anyway.
 void bump_version(const c10::TensorImpl& tensor);
 
-// Where a tensor's elements begin. Without the checks of data_ptr(), which look at flags in another
-// cache line.
+// A tensor's memory. Without the checks of data_ptr(), which look at flags in another cache line.
+inline const at::DataPtr& memory_of(const c10::TensorImpl& tensor) {
+  return tensor.unsafe_storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
+}
+
+// Where a tensor's elements begin.
 inline const void* first_byte(const c10::TensorImpl& tensor) {
-  c10::StorageImpl* const storage = tensor.unsafe_storage().unsafeGetStorageImpl();
-  return static_cast<const char*>(storage->_mutable_data_ptr_no_checks().get()) +
+  return static_cast<const char*>(memory_of(tensor).get()) +
          tensor.storage_offset() * static_cast<int64_t>(tensor.dtype().itemsize());
 }
 
@@ -115,42 +119,38 @@ class PointerFilter {
 // One tensor of the optimizer's.
 class Watched {
  public:
-  enum class Kind {
-    kParameter,  // may be swapped (torch.utils.swap_tensors), which no reference must hinder
-    kState,      // may not: then its object says nothing that the dict around it has not said
-  };
-
-  Watched(Kind kind, PyObject* object, Geometries& geometries);
+  Watched(PyObject* object, Geometries& geometries);
 
   PyObject* object() const { return object_; }
 
-  // Whether an object that is alive is the one that was watched, and holds the same tensor.
+  // Whether an object that is alive is the one that was watched, and holds the same tensor: others
+  // may have been swapped in (torch.utils.swap_tensors), which no reference of ours must hinder.
   bool is(PyObject* object) const {
     if (object != object_) return false;
     const at::Tensor* const tensor = as_tensor(object);
     return tensor != nullptr && tensor->unsafeGetTensorImpl() == impl_;
   }
 
-  // Whether the tensor, which must be the one that was watched, is as it was, in the same memory.
+  // Whether the object, which must be alive and a tensor, holds the same one, as it was, in the
+  // same memory, which is nobody else's too: behind another context it has been lent
+  // (torch._lazy_clone).
   bool unchanged(const Geometries& geometries) const {
-    return geometries[geometry_].fits(*impl_) &&
+    return tensor().unsafeGetTensorImpl() == impl_ && geometries[geometry_].fits(*impl_) &&
            impl_->unsafe_storage().unsafeGetStorageImpl() == storage_ &&
-           first_byte(*impl_) == data_;
+           first_byte(*impl_) == data_ && memory_of(*impl_).get_context() == context_;
   }
 
   // Only while it is known to be the one that was watched.
   c10::TensorImpl& impl() const { return *impl_; }
-  const at::Tensor& tensor() const { return *as_tensor(object_); }
+  const at::Tensor& tensor() const { return THPVariable_Unpack(object_); }
   // Only to compare with: it may be gone.
   const c10::StorageImpl* storage() const { return storage_; }
 
   // Asks for the memory that the checks look at. The tensor may be gone.
   FUSEDOPT_PREFETCH void prefetch() const {
+    __builtin_prefetch(reinterpret_cast<const char*>(object_) + sizeof(PyObject));
     prefetch_tensor(impl_);
     prefetch_storage(storage_);
-  }
-  FUSEDOPT_PREFETCH void prefetch_object() const {
-    __builtin_prefetch(reinterpret_cast<const char*>(object_) + sizeof(PyObject));
   }
   FUSEDOPT_PREFETCH void prefetch_version() const {
     __builtin_prefetch(impl_);
@@ -162,10 +162,9 @@ class Watched {
   c10::TensorImpl* impl_;
   const c10::StorageImpl* storage_;
   const void* data_;
+  const void* context_;
   const void* version_;  // only to prefetch
   int32_t geometry_;
-  // Of a state: keeps its TensorImpl, without its memory, and so this address from another tensor.
-  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> shell_;
 };
 
 }  // namespace fusedopt
