@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections import defaultdict
@@ -234,23 +235,25 @@ class Pipeline:
         if len(plans) == 1 and not self._torch_places and not self._holds_shards:
             (self._only_plan,) = plans.values()
 
-    def _route(self, entries: list[Member]) -> dict[torch.device, list[Member]]:
+    def _route(self, members: list[Member]) -> dict[torch.device, list[Member]]:
         """Returns the parameters that native kernels update, by device."""
         optimizer = self._optimizer
         native = []
-        for member in entries:
+        for member in members:
             param = member.param
+            name_of = functools.partial(self._name_of, member.group, member.place)
+            entries = _routing.entries_of(optimizer.state, param, name_of)
             odd = _routing.not_plain(param)
             if odd is not None and self.settings.backend not in ("auto", "torch"):
                 raise ValueError(
-                    f"{self._name_of(member.group, member.place)} is {odd}, which"
+                    f"{name_of()} is {odd}, which"
                     f" backend={self.settings.backend!r} cannot read; use backend='auto' or 'torch'"
                 )
             group = optimizer.param_groups[member.group]
             if (
                 odd is None
                 and not self._observed
-                and not _routing.needs_torch_rule(param, group, optimizer.state.get(param, {}))
+                and not _routing.needs_torch_rule(param, group, entries)
                 and backends.for_device(self.settings.backend, param.device) is not None
             ):
                 native.append(member)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._control import describe
-from ._routing import is_expanded, not_plain
+from ._routing import entries_of, is_expanded, not_plain
 from ._settings import GROUP_KEYS
 
 
@@ -130,7 +130,7 @@ class TorchRule:
         in_graph = self.defaults["differentiable"]
         may_write_inference = torch.is_inference_mode_enabled()
         for param in group["params"]:
-            entries = self.state.get(param) or {}
+            entries = entries_of(self.state, param, functools.partial(name_of, param))
             if not may_write_inference and any(map(_is_inference, (param, *entries.values()))):
                 self._refuse_inference(param, entries, name_of)
             # Of an ordinary parameter with an ordinary gradient there is no more to ask.
