@@ -222,7 +222,7 @@ class FusedOptimizer(WithSettings, TorchRule, torch.optim.Optimizer):
 
     def _check_capturable(self) -> None:
         for group in self.param_groups:
-            if not group.get("capturable", False):
+            if "capturable" not in self.defaults or not group.get("capturable", False):
                 continue
             supported = _get_capturable_supported_devices(self._captures_on_xla)
             if any(param.device.type not in supported for param in group["params"]):

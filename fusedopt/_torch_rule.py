@@ -160,13 +160,19 @@ class TorchRule:
             several = isinstance(default, tuple)
             if name in GROUP_KEYS or not (several or _is_number(default)):
                 continue
-            values = group[name] if several else (group[name],)
-            count = len(default) if several else 1
-            fits = isinstance(values, (tuple, list)) and len(values) == count
+            try:
+                values = tuple(group[name]) if several else (group[name],)
+            except TypeError:
+                values = ()
+            fits = len(values) == (len(default) if several else 1)
             if not fits or not all(map(_is_number, values)):
                 raise TypeError(
                     f"{name!r} of {where} is {group[name]!r}; expected"
-                    + (f" {count} numbers" if several else " a number or a tensor of one element")
+                    + (
+                        f" {len(default)} numbers"
+                        if several
+                        else " a number or a tensor of one element"
+                    )
                 )
 
     def _refuse_inference(
