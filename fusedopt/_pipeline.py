@@ -213,8 +213,9 @@ class Pipeline:
         optimizer._check_capturable()
         self._built_over = _routing.identities(entries)
         self._holds_shards = any(_routing.is_shard(member.param) for member in entries)
-        if len({id(member.param) for member in entries}) != len(entries):
-            # torch updates a parameter that is listed twice twice, and has warned about it.
+        is_listed_twice = len({id(member.param) for member in entries}) != len(entries)
+        # torch updates a parameter that is listed twice twice, and has warned about it.
+        if is_listed_twice or optimizer._has_own_init_group():
             native: dict[torch.device, list[Member]] = {}
             self._shared_places = set()
         else:

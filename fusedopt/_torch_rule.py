@@ -47,6 +47,7 @@ class TorchRule:
 
     state: Any
     defaults: dict[str, Any]
+    _init_group: Any
 
     def _apply_torch_rule(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
         """Lets torch's rule update the parameters of ``group`` that have a gradient.
@@ -63,7 +64,19 @@ class TorchRule:
                 if param.grad is not None:
                     param.mul_(shrink)
             group = {**group, "weight_decay": 0}
-        self._update_with_torch(group, grads)
+        if grads is None or not self._has_own_init_group():
+            self._update_with_torch(group, grads)
+            return
+        # It reads them itself.
+        params = [param for param in group["params"] if param.grad is not None]
+        given = [param.grad for param in params]
+        try:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            self._update_with_torch(group, None)
+        finally:
+            for param, grad in zip(params, given, strict=True):
+                param.grad = grad
 
     def _update_with_torch(self, group: dict[str, Any], grads: list[Tensor] | None) -> None:
         raise NotImplementedError
@@ -84,12 +97,17 @@ class TorchRule:
             state: Where state is looked up and created; None for the optimizer's own.
         """
         kind = torch_class(type(self))
-        reader: Any = self
-        if state is not None:
-            reader = object.__new__(kind)
-            reader.__dict__.update(state=state, defaults=self.defaults)
         lists: list[list[Any]] = [[] for _ in range(_list_count(kind))]
+        if state is None:
+            return lists, self._init_group(group, *lists)
+        reader: Any = object.__new__(kind)
+        reader.__dict__.update(state=state, defaults=self.defaults)
         return lists, kind._init_group(reader, group, *lists)
+
+    def _has_own_init_group(self) -> bool:
+        """Whether a subclass collects states and gradients in its own way, which kernels do not."""
+        own = getattr(self._init_group, "__func__", self._init_group)
+        return own is not torch_class(type(self))._init_group
 
     def _fuses(self, group: dict[str, Any], lists: list[list[Any]]) -> bool | None:
         """Returns what to tell torch's function for ``fused``.
@@ -142,6 +160,8 @@ class TorchRule:
                     " cannot update in place; optimize parameter.clone() instead"
                 )
             self._check_state(group, param, entries, name_of)
+        if self._has_own_init_group():
+            return
         try:
             self._collect(group, _Scratch(self.state))
         except KeyError as error:
