@@ -34,6 +34,7 @@ class FusedOptimizer(WithSettings, torch.optim.Optimizer):
     """The mixin before a plain class: ``class Adam(FusedOptimizer, torch.optim.Adam)``."""
 
     _rule: ClassVar[PlainRule]
+    _init_group: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -225,7 +226,14 @@ class FusedOptimizer(WithSettings, torch.optim.Optimizer):
         return self._pipeline.backend_of(param, self._training())
 
     def _training(self) -> Training:
-        return Training(self.param_groups, self.state, self.defaults)
+        own = self._init_group if self._collects_itself() else None
+        return Training(self.param_groups, self.state, self.defaults, own)
+
+    def _collects_itself(self) -> bool:
+        """Whether a subclass collects states and gradients in its own way, which kernels do not."""
+        return type(self)._init_group is not self._rule.plain._init_group or (
+            "_init_group" in self.__dict__
+        )
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import defaultdict
 from typing import Any
@@ -213,8 +214,9 @@ class Pipeline:
         self._rule.check_capturable(training.param_groups)
         self._built_over = _routing.identities(entries)
         self._holds_shards = any(_routing.is_shard(member.param) for member in entries)
-        if len({id(member.param) for member in entries}) != len(entries):
-            # torch updates a parameter that is listed twice twice, and has warned about it.
+        is_listed_twice = len({id(member.param) for member in entries}) != len(entries)
+        # torch updates a parameter that is listed twice twice, and has warned about it.
+        if is_listed_twice or training.init_group is not None:
             native: dict[torch.device, list[Member]] = {}
             self._shared_places = set()
         else:
@@ -235,22 +237,24 @@ class Pipeline:
         if len(plans) == 1 and not self._plain_places and not self._holds_shards:
             (self._only_plan,) = plans.values()
 
-    def _route(self, entries: list[Member], training: Training) -> dict[torch.device, list[Member]]:
+    def _route(self, members: list[Member], training: Training) -> dict[torch.device, list[Member]]:
         """Returns the parameters that native kernels update, by device."""
         native = []
-        for member in entries:
+        for member in members:
             param = member.param
+            name_of = functools.partial(_name_of, member, training)
+            entries = _routing.entries_of(training.state, param, name_of)
             odd = _routing.not_plain(param)
             if odd is not None and self.settings.backend not in ("auto", "torch"):
                 raise ValueError(
-                    f"{_name_of(member, training)} is {odd}, which"
+                    f"{name_of()} is {odd}, which"
                     f" backend={self.settings.backend!r} cannot read; use backend='auto' or 'torch'"
                 )
             group = training.param_groups[member.group]
             if (
                 odd is None
                 and not self._observed
-                and not _routing.needs_plain_rule(param, group, training.state.get(param, {}))
+                and not _routing.needs_plain_rule(param, group, entries)
                 and backends.for_device(self.settings.backend, param.device) is not None
             ):
                 native.append(member)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,15 +63,36 @@ def not_plain(param: Tensor) -> str | None:
     return None
 
 
-def needs_plain_rule(param: Tensor, group: dict[str, Any], entries: dict[str, Any]) -> bool:
+def entries_of(state: Any, param: Tensor, name_of: Callable[[], str]) -> Any:
+    """Returns what stands in ``optimizer.state`` for a parameter: a dict or another mapping.
+
+    Raises:
+        TypeError: If it is none; ``name_of`` returns what the message calls the parameter.
+    """
+    entries = state.get(param, {})
+    if not isinstance(entries, (dict, Mapping)):  # the abstract class takes its time
+        raise TypeError(
+            f"the state of {name_of()} is {entries!r}; expected a dict. Delete"
+            " optimizer.state[parameter] to start it anew"
+        )
+    return entries
+
+
+def needs_plain_rule(param: Tensor, group: dict[str, Any], entries: Mapping[str, Any]) -> bool:
     """Whether a plain parameter takes the plain rule under every backend."""
-    return group.get("differentiable", False) or any(
-        tensor.layout != torch.strided
-        or tensor.dtype not in _KERNEL_DTYPES
-        or tensor.is_neg()
-        or tensor.is_inference()
-        for name, tensor in [("param", param), *entries.items()]
-        if isinstance(tensor, Tensor) and name != "step"
+    # Plans read what a dict holds, which need not be what a type of the user's own returns.
+    is_dict = getattr(type(entries), "__getitem__", None) is dict.__getitem__
+    return (
+        group.get("differentiable", False)
+        or not is_dict
+        or any(
+            tensor.layout != torch.strided
+            or tensor.dtype not in _KERNEL_DTYPES
+            or tensor.is_neg()
+            or tensor.is_inference()
+            for name, tensor in [("param", param), *entries.items()]
+            if isinstance(tensor, Tensor) and name != "step"
+        )
     )
 
 

@@ -22,8 +22,9 @@ EXTRAS_DOC = """\
             max_grad_value]; may differ per group. Combined, the order is: unscale, value, per
             parameter, global. Default: None.
         skip_nonfinite (bool): Leaves parameters, state and counters untouched in a step whose
-            gradients hold inf or nan.
-            Default: False.
+            gradients hold inf or nan: to kernels in the type that they compute in, so that a
+            float64 gradient beyond float32's range counts for a float32 parameter; to torch's rules
+            in their own. Default: False.
         decoupled_weight_decay (bool): Shrinks the parameter by ``1 - lr * weight_decay`` instead of
             adding ``weight_decay * parameter`` to the gradient; may differ per group.
         backend (str): "auto", "cuda", "triton", "cpu" or "torch". Default: "auto", the fastest that

@@ -61,15 +61,16 @@ class Groups:
         self._device = device
         names = dict.fromkeys(name.partition(".")[0] for name in (*rule.HYPER, *rule.VARIANTS))
         self._needed = names.keys() - {_OPTIONAL}
-        self._keys = (*names, "max_grad_value", "max_grad_norm_per_param")
+        self._keys = (*names, "max_grad_value", "max_grad_norm_per_param", "capturable")
         members_of(param_groups)  # raises for what is none
         self.members = [ids(group["params"]) for group in param_groups]
         self._values = [self._read(group) for group in param_groups]
         self.variants = [self._variant(i, group) for i, group in enumerate(param_groups)]
+        self._capturable = list(map(_is_capturable, param_groups))
         self.rows = [self._resolve(i, group) for i, group in enumerate(param_groups)]
 
     def refresh(self, param_groups: ParamGroups) -> bool | None:
-        """Whether any number has changed; None when there are other groups or variants."""
+        """Whether any number has changed; None when what the plan was made for has."""
         if not isinstance(param_groups, (list, tuple)) or len(param_groups) != len(self.members):
             return None
         all_values, rows = list(self._values), list(self.rows)
@@ -79,7 +80,10 @@ class Groups:
             values = self._read(group)
             if values is not None and values == self._values[index]:
                 continue
-            if self._variant(index, group) != self.variants[index]:
+            if (
+                self._variant(index, group) != self.variants[index]
+                or _is_capturable(group) != self._capturable[index]
+            ):
                 return None
             all_values[index] = values
             rows[index] = self._resolve(index, group)
@@ -129,6 +133,11 @@ class Groups:
         )
 
 
+def _is_capturable(group: Mapping[str, Any]) -> bool:
+    """What a plan is made for, and checked: whether a graph may capture the steps."""
+    return bool(group.get("capturable"))
+
+
 def _may_change(value: Any) -> bool:
     """Whether a value can become another in place: a tensor, a list, a tuple that holds one."""
     if isinstance(value, tuple):
@@ -149,8 +158,9 @@ def _value(index: int, group: Mapping[str, Any], name: str) -> Any:
     if not item:
         return group[key]
     try:
-        return group[key][int(item)]
-    except (IndexError, TypeError):
+        first, second = group[key]
+        return second if item == "1" else first
+    except (TypeError, ValueError):
         raise TypeError(
             f"{key!r} of param group {index} is {group[key]!r}; expected 2 numbers"
         ) from None

@@ -60,8 +60,13 @@ def _magnitude_bits(x):
 
 @triton.jit
 def _add_row(sums, largest, ptr, offsets, mask, unscale, max_value, TYPE: tl.constexpr):
-    """Adds one row of several strips: (sums, largest magnitude bits of the raw elements)."""
+    """Adds one row of several strips: (sums, largest magnitude bits of the raw elements).
+
+    What is wider than the arithmetic is rounded to it first.
+    """
     raw = load_raw(ptr, offsets, mask, TYPE)
+    if raw.dtype.primitive_bitwidth > unscale.dtype.primitive_bitwidth:
+        raw = raw.to(unscale.dtype)
     bits = _magnitude_bits(raw)
     largest = tl.where(bits > largest, bits, largest)
     x = clamp_value(raw.to(unscale.dtype) * unscale, max_value)
@@ -149,8 +154,9 @@ def reduce_kernel(
     lanes = tl.arange(0, LANES)[None, :].to(tl.int64)
     strips = tl.arange(0, STRIPS)[:, None].to(tl.int64)
     edge_strips = tl.arange(0, EDGE_STRIPS)[:, None].to(tl.int64)
-    BITS: tl.constexpr = tl.int64 if TYPE == tl.float64 else tl.int32
-    INFINITY: tl.constexpr = 0x7FF0000000000000 if TYPE == tl.float64 else 0x7F800000
+    JUDGED: tl.constexpr = T if TYPE == tl.float64 else TYPE
+    BITS: tl.constexpr = tl.int64 if JUDGED == tl.float64 else tl.int32
+    INFINITY: tl.constexpr = 0x7FF0000000000000 if JUDGED == tl.float64 else 0x7F800000
     largest = tl.zeros([STRIPS, LANES], BITS)
     edge_largest = tl.zeros([EDGE_STRIPS, LANES], BITS)
     # The sums of the piece's blocks, each in the place of its first EDGE elements.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 
+import numpy as np
 import pytest
 import torch
 from table import (
@@ -327,14 +328,15 @@ def test_same_address_other_meaning(entry, backend):
 
 
 @BACKENDS
-def test_betas_in_a_list_changed_in_place(backend):
+@pytest.mark.parametrize("kind", [list, np.array, lambda betas: torch.tensor(betas).double()])
+def test_betas_in_a_sequence_changed_in_place(backend, kind):
     """Some frameworks keep them in one, and a scheduler of momentum may write into it."""
     entry = TABLE["AdamW"]
     start = make_params(SHAPES, device=device_of(backend))
     runs = run_stock(entry, start), run_fused(entry, start, backend)
     for run in runs:
         group = run.optimizer.param_groups[0]
-        group["betas"] = list(group["betas"])
+        group["betas"] = kind(group["betas"])
         run.steps(2)
         group["betas"][0] = 0.5
         run.steps(2, first=10)

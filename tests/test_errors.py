@@ -281,7 +281,11 @@ def test_what_a_scaler_cannot_have_meant(entry, backend, name):
 
 
 @BACKENDS
-@pytest.mark.parametrize("betas", [(0.9,), 0.9, None], ids=repr)
+@pytest.mark.parametrize(
+    "betas",
+    [(0.9,), (0.9, 0.99, 0.5), 0.9, None, torch.tensor(0.9), torch.tensor([0.9, 0.99, 0.5])],
+    ids=repr,
+)
 def test_betas_that_are_not_two(backend, betas):
     """Written into a group later; the message names them."""
     params = make_params([(3,)], device=device_of(backend))

@@ -51,6 +51,21 @@ def test_training_with_skips_is_training_without_those_steps(entry, options, bac
 
 
 @pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("size, skips", [(3.4e38, False), (3.5e38, True)])
+def test_beyond_the_type_of_the_arithmetic(backend, size, skips):
+    """Kernels would compute with inf where a wider gradient does not fit; torch's rules do not."""
+    if backend == "cuda":
+        pytest.skip("whether kernels or torch's rules take such a gradient depends on the build")
+    params = table.make_params([(5,)], device=table.device_of(backend))
+    run = table.run_fused(table.TABLE["SGD"], params, backend, skip_nonfinite=True, lr=1e-38)
+    run.params[0].grad_dtype = torch.float64
+    run.params[0].grad = torch.full_like(run.params[0].detach(), size, dtype=torch.float64)
+    run.optimizer.step()
+    assert bool(run.optimizer.last_step_skipped) == (skips and backend != "torch")
+    assert run.params[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", table.backends())
 @pytest.mark.parametrize("entry, options", TORCH_CASES)
 @pytest.mark.parametrize("skips", (1, 2))
 def test_checkpoint_right_after_a_skipped_first_step(entry, options, backend, skips):

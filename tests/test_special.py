@@ -237,20 +237,31 @@ def test_meta_parameters(entry):
 
 @pytest.mark.parametrize("entry", **CAPTURABLE)
 @BACKENDS
-def test_capturable_on_the_cpu(entry, backend):
-    """Torch's text, before anything is changed."""
+@pytest.mark.parametrize("later", [False, True])
+def test_capturable_on_the_cpu(entry, backend, later):
+    """Torch's text, before anything is changed; also for what is written into a group later."""
     if device_of(backend) != "cpu":
         pytest.skip("for memory of the host")
     texts = []
     for make in (make_stock, lambda *args, **kw: make_fused(*args, backend, **kw)):
         params = make_params(SHAPES)
-        run = Run(params, make(entry, params, capturable=True))
+        run = Run(params, make(entry, params, capturable=not later)).steps(int(later))
+        run.optimizer.param_groups[0]["capturable"] = True
         before = [param.detach().clone() for param in params]
         with pytest.raises(AssertionError) as caught:
             run.steps(1)
         assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@BACKENDS
+def test_capturable_where_torch_does_not_know_it(name, backend):
+    """One more key of a group that nobody reads."""
+    optimizer = make_fused(TABLE[name], make_params(SHAPES, device=device_of(backend)), backend)
+    optimizer.param_groups[0]["capturable"] = True
+    Run(optimizer.param_groups[0]["params"], optimizer).steps(2)
 
 
 @BACKENDS

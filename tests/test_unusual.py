@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import re
 
@@ -21,6 +22,7 @@ from table import (
     richest,
     run_fused,
     run_stock,
+    same_bits,
     set_grads,
 )
 
@@ -135,6 +137,56 @@ def test_state_of_a_parameter_without_gradient_need_not_fit(entry, backend):
         set_grads(runs[1].params, 3)
         with pytest.raises(ValueError, match=rf"state '{entry.states[0]}' of parameter 0 of param"):
             runs[1].optimizer.step()
+
+
+class Elsewhere(dict):
+    """Holds names, and others in the place of the tensors that it returns."""
+
+    def __init__(self, tensors=()):
+        super().__init__()
+        self.tensors = {}
+        for name, tensor in dict(tensors).items():
+            self[name] = tensor
+
+    def __setitem__(self, name, tensor):
+        super().__setitem__(name, torch.zeros_like(tensor))
+        self.tensors[name] = tensor
+
+    def __getitem__(self, name):
+        return self.tensors[name]
+
+
+@OURS
+@BACKENDS
+@pytest.mark.parametrize("kind", [collections.UserDict, Elsewhere, collections.OrderedDict])
+def test_a_state_in_another_mapping(entry, backend, kind):
+    """Torch reads any; one after a step, one that a first step fills."""
+    runs = both(entry, backend, **richest(entry))
+    for run in runs:
+        set_grads(run.params, 1)
+        if entry.name != "Adagrad":
+            run.optimizer.state[run.params[0]] = kind()
+        run.optimizer.step()
+        run.optimizer.state[run.params[1]] = kind(run.optimizer.state[run.params[1]])
+        run.steps(2, 2)
+    assert_close(runs[1].tensors(), runs[0].tensors())
+    assert type(runs[1].optimizer.state[runs[1].params[1]]) is kind
+
+
+@OURS
+@BACKENDS
+@pytest.mark.parametrize("value", [None, [1.0]], ids=str)
+def test_a_state_that_is_no_mapping(entry, backend, value):
+    """The message names the parameter; nothing has been changed."""
+    run = run_fused(entry, make_params(SHAPES, device=device_of(backend)), backend).steps(1)
+    run.optimizer.state[run.params[1]] = value
+    before = [param.detach().clone() for param in run.params]
+    set_grads(run.params, 2)
+    text = f"state of parameter 1 of param group 0 is {value!r}; expected a dict"
+    with pytest.raises(TypeError, match=re.escape(text)):
+        run.optimizer.step()
+    for param, old in zip(run.params, before, strict=True):
+        assert same_bits(param.detach(), old)
 
 
 @NATIVE

@@ -17,11 +17,17 @@ PyObject* intern(const char* text) {
   return name;
 }
 
+// Of no concern to kernels, but checked where plans are made; not every rule of torch's has it.
+PyObject* capturable() {
+  static PyObject* const kCapturable = intern("capturable");
+  return kCapturable;
+}
+
 // Keys that a group may lack: a checkpoint or a framework that knows nothing of them may have
 // replaced it.
 bool is_optional(PyObject* name) {
   static PyObject* const kDecoupled = intern("decoupled_weight_decay");
-  return name == kDecoupled;
+  return name == kDecoupled || name == capturable();
 }
 
 // Keys that torch asks for their truth only, although rules read them as 0 or 1.
@@ -142,7 +148,7 @@ bool Groups::refresh(PyObject* param_groups) {
     Group fresh;
     GroupRow row;
     read(i, dict.ptr(), fresh, row);
-    if (row.variant != rows_[i].variant) return false;
+    if (row.variant != rows_[i].variant || fresh.capturable != group.capturable) return false;
     fresh.members.swap(group.members);
     group = std::move(fresh);
     rows_[i] = row;
@@ -200,7 +206,11 @@ struct Groups::Reader {
     auto value = py::reinterpret_borrow<py::object>(found);
     if (key.index < 0) return value;
     holds_mutable |= !PyTuple_Check(value.ptr());
-    auto element = py::reinterpret_steal<py::object>(PySequence_GetItem(value.ptr(), key.index));
+    py::object element;
+    if (PyObject_Size(value.ptr()) == 2) {
+      element = py::reinterpret_steal<py::object>(
+          PyObject_GetItem(value.ptr(), py::int_(key.index).ptr()));
+    }
     if (!element) {
       PyErr_Clear();
       throw py::type_error(what(key.name) + " is " + py::repr(value).cast<std::string>() +
@@ -265,6 +275,7 @@ void Groups::read(size_t index, PyObject* dict, Group& group, GroupRow& row) con
   for (size_t k = 0; k < variants_.size(); ++k) {
     if (reader.flag(variants_[k])) row.variant |= 1 << k;
   }
+  group.capturable = reader.flag({capturable(), -1, true});
   row.max_grad_value = reader.limit(kMaxValue);
   row.max_grad_norm_per_param = reader.limit(kMaxNorm);
   group.holds_mutable = reader.holds_mutable;

@@ -24,7 +24,7 @@ class Groups {
   Groups(const RuleInfo& rule, c10::Device device, const py::object& param_groups);
 
   // Re-reads the numbers that changed, which may run Python code and so change anything. False when
-  // a variant is another: the plan must be built again.
+  // a variant, or `capturable`, is another: the plan must be built again.
   bool refresh(PyObject* param_groups);
 
   // Whether the groups have the same parameters, and learning rates on the device are where
@@ -43,6 +43,7 @@ class Groups {
     std::vector<PyObject*> members;
     PyObject* device_lr = nullptr;
     DictGuard guard;
+    bool capturable = false;     // what it was when the plan was made
     bool holds_mutable = false;  // values that change in place: read them every step
   };
   struct Key {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._control import describe
-from .._routing import is_expanded
+from .._routing import entries_of, is_expanded
 from .._settings import GROUP_KEYS
 from .rule import PlainRule, Training
 
@@ -45,7 +46,7 @@ def check(
     in_graph = group["differentiable"]
     may_write_inference = torch.is_inference_mode_enabled()
     for param in group["params"]:
-        entries = training.state.get(param) or {}
+        entries = entries_of(training.state, param, functools.partial(name_of, param))
         one = _Checked(rule, training, group, param, entries, name_of)
         if not may_write_inference and any(map(_is_inference, (param, *entries.values()))):
             one.refuse_inference()
@@ -58,6 +59,8 @@ def check(
                 " cannot update in place; optimize parameter.clone() instead"
             )
         one.check_state()
+    if training.init_group is not None:
+        return
     try:
         rule.collect(group, _Scratch(training.state), training.defaults)
     except KeyError as error:
@@ -77,10 +80,12 @@ def _check_keys(group: dict[str, Any], defaults: dict[str, Any], where: str) -> 
         several = isinstance(default, tuple)
         if name in GROUP_KEYS or not (several or _is_number(default)):
             continue
-        values = group[name] if several else (group[name],)
         count = len(default) if several else 1
-        fits = isinstance(values, (tuple, list)) and len(values) == count
-        if not fits or not all(map(_is_number, values)):
+        try:
+            values = tuple(group[name]) if several else (group[name],)
+        except TypeError:
+            values = ()
+        if len(values) != count or not all(map(_is_number, values)):
             raise TypeError(
                 f"{name!r} of {where} is {group[name]!r}; expected"
                 + (f" {count} numbers" if several else " a number or a tensor of one element")

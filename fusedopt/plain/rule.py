@@ -16,11 +16,16 @@ from .._routing import not_plain
 
 
 class Training(NamedTuple):
-    """What an optimizer trains: torch's three attributes of that name."""
+    """What an optimizer trains: torch's three attributes of that name, and who collects it.
+
+    Attributes:
+        init_group: `_init_group` of an optimizer that has its own; None for the plain class's.
+    """
 
     param_groups: list[dict[str, Any]]
     state: Any
     defaults: dict[str, Any]
+    init_group: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +85,20 @@ class PlainRule:
             _shrink(group)
             group["weight_decay"] = 0
         runner = _Runner.make(self, training._replace(param_groups=[group]), grads)
-        runner.plain_step(runner)
+        if grads is None or training.init_group is None:
+            runner.plain_step(runner)
+            return
+        # It reads the gradients itself.
+        params = [param for param in group["params"] if param.grad is not None]
+        given = [param.grad for param in params]
+        runner.grads = None
+        try:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            runner.plain_step(runner)
+        finally:
+            for param, own in zip(params, given, strict=True):
+                param.grad = own
 
     @functools.cached_property
     def filled_keys(self) -> dict[str, Any]:
@@ -94,7 +112,7 @@ class PlainRule:
     def check_capturable(self, param_groups: list[dict[str, Any]]) -> None:
         """Raises AssertionError, in torch's words, for what asks for capture on a wrong device."""
         for group in param_groups:
-            if not group.get("capturable", False):
+            if "capturable" not in self.arguments or not group.get("capturable", False):
                 continue
             supported = _get_capturable_supported_devices(self.captures_on_xla)
             if any(param.device.type not in supported for param in group["params"]):
@@ -144,7 +162,8 @@ class _Runner:
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
         prepared = self.rule.prepare(group, self.training)
-        flags = super()._init_group(prepared, *lists)  # type: ignore[misc]
+        collect = self.training.init_group or super()._init_group  # type: ignore[misc]
+        flags = collect(prepared, *lists)
         if self.grads is not None:
             lists[1][:] = self.grads
         if group.get("fused"):
