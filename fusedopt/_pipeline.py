@@ -156,8 +156,10 @@ class Pipeline:
         # A first look may find a plan outdated, a second state missing.
         for _ in range(3):
             entries = _routing.members_of(self._optimizer.param_groups)
-            if self._torch_places and _routing.identities(entries) != self._built_over:
-                self.reset()
+            # Every plan looks at all groups, but there may be none.
+            if self._torch_places or not self._plans:
+                if _routing.identities(entries) != self._built_over:
+                    self.reset()
             if self._plans is None:
                 self._build(entries)
             rebuild, missing, foreign = self._ask_plans()
