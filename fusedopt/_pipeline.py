@@ -390,7 +390,9 @@ class Pipeline:
         return [(index, self._subgroup(index, params)) for index, params in by_group.items()]
 
     def _subgroup(self, index: int, params: list[Tensor]) -> dict[str, Any]:
-        group = {**self._optimizer.param_groups[index], "params": params}
+        whole = self._optimizer.param_groups[index]
+        # One by one: what a type of the user's own returns need not be what it holds.
+        group = {**{name: whole[name] for name in whole}, "params": params}
         # What kernels leave to torch may share memory: one after another, as on the CPU. On a GPU
         # torch would by itself take them side by side, as it may what no kernel serves (DTensor).
         choice = self.settings.backend
