@@ -164,8 +164,10 @@ class Pipeline:
         # A first look may find a plan outdated, a second state missing.
         for _ in range(3):
             entries = _routing.members_of(training.param_groups)
-            if self._plain_places and _routing.identities(entries) != self._built_over:
-                self.reset()
+            # Every plan looks at all groups, but there may be none.
+            if self._plain_places or not self._plans:
+                if _routing.identities(entries) != self._built_over:
+                    self.reset()
             if self._plans is None:
                 self._build(entries, training)
             rebuild, missing, refused = self._ask_plans(training)
@@ -313,7 +315,9 @@ class Pipeline:
             by_group[index].append(param)
         groups = []
         for index, params in by_group.items():
-            group = {**training.param_groups[index], "params": params}
+            whole = training.param_groups[index]
+            # One by one: what a type of the user's own returns need not be what it holds.
+            group = {**{name: whole[name] for name in whole}, "params": params}
             # What kernels leave to torch may share memory: one after another, as on the CPU. On a
             # GPU torch would by itself take them side by side, as it may what no kernel serves.
             choice = self.settings.backend

@@ -80,11 +80,9 @@ def entries_of(state: Any, param: Tensor, name_of: Callable[[], str]) -> Any:
 
 def needs_plain_rule(param: Tensor, group: dict[str, Any], entries: Mapping[str, Any]) -> bool:
     """Whether a plain parameter takes the plain rule under every backend."""
-    # Plans read what a dict holds, which need not be what a type of the user's own returns.
-    is_dict = getattr(type(entries), "__getitem__", None) is dict.__getitem__
     return (
         group.get("differentiable", False)
-        or not is_dict
+        or not (_is_read_as_dict(group) and _is_read_as_dict(entries))
         or any(
             tensor.layout != torch.strided
             or tensor.dtype not in _KERNEL_DTYPES
@@ -94,6 +92,11 @@ def needs_plain_rule(param: Tensor, group: dict[str, Any], entries: Mapping[str,
             if isinstance(tensor, Tensor) and name != "step"
         )
     )
+
+
+def _is_read_as_dict(mapping: Mapping[str, Any]) -> bool:
+    """Whether a mapping returns what a dict of its kind holds, which is what plans read."""
+    return getattr(type(mapping), "__getitem__", None) is dict.__getitem__
 
 
 def refuse_fake_mode(params: Iterable[Tensor]) -> None:

@@ -61,12 +61,12 @@ class Groups:
         self._device = device
         names = dict.fromkeys(name.partition(".")[0] for name in (*rule.HYPER, *rule.VARIANTS))
         self._needed = names.keys() - {_OPTIONAL}
-        self._keys = (*names, "max_grad_value", "max_grad_norm_per_param", "capturable")
+        self._keys = (*names, "max_grad_value", "max_grad_norm_per_param")
         members_of(param_groups)  # raises for what is none
         self.members = [ids(group["params"]) for group in param_groups]
         self._values = [self._read(group) for group in param_groups]
         self.variants = [self._variant(i, group) for i, group in enumerate(param_groups)]
-        self._capturable = list(map(_is_capturable, param_groups))
+        self._made_for = list(map(_made_for, param_groups))
         self.rows = [self._resolve(i, group) for i, group in enumerate(param_groups)]
 
     def refresh(self, param_groups: ParamGroups) -> bool | None:
@@ -77,13 +77,12 @@ class Groups:
         for index, group in enumerate(param_groups):
             if not isinstance(group, dict):
                 return None
+            if _made_for(group) != self._made_for[index]:
+                return None
             values = self._read(group)
             if values is not None and values == self._values[index]:
                 continue
-            if (
-                self._variant(index, group) != self.variants[index]
-                or _is_capturable(group) != self._capturable[index]
-            ):
+            if self._variant(index, group) != self.variants[index]:
                 return None
             all_values[index] = values
             rows[index] = self._resolve(index, group)
@@ -133,9 +132,9 @@ class Groups:
         )
 
 
-def _is_capturable(group: Mapping[str, Any]) -> bool:
-    """What a plan is made for, and checked: whether a graph may capture the steps."""
-    return bool(group.get("capturable"))
+def _made_for(group: Mapping[str, Any]) -> tuple[bool, bool]:
+    """What was checked when a plan was made: whether a graph may capture it, the kind of dict."""
+    return bool(group.get("capturable")), type(group).__getitem__ is dict.__getitem__
 
 
 def _may_change(value: Any) -> bool:

@@ -107,6 +107,14 @@ def remove_parameter(run: Run) -> None:
     del run.optimizer.param_groups[0]["params"][1]
 
 
+def refill(run: Run) -> None:
+    """Takes every parameter away, steps without any, and puts some back."""
+    params = run.optimizer.param_groups[0]["params"]
+    params.clear()
+    run.optimizer.step()
+    params += run.params[1:]
+
+
 def exchange_parameter(run: Run) -> None:
     """Puts another parameter of another shape in a parameter's place, with fresh state."""
     other = make_params(((3, 8),), device=str(run.params[0].device), seed=50)[0]
@@ -215,6 +223,7 @@ CHANGES = [
     add_group,
     append_parameter,
     remove_parameter,
+    refill,
     exchange_parameter,
     new_list,
     new_group,

@@ -173,6 +173,29 @@ def test_a_state_in_another_mapping(entry, backend, kind):
     assert type(runs[1].optimizer.state[runs[1].params[1]]) is kind
 
 
+class Halving(dict):
+    """A group whose learning rate is not the one that it holds."""
+
+    def __getitem__(self, name):
+        value = super().__getitem__(name)
+        return value / 2 if name == "lr" else value
+
+
+@OURS
+@BACKENDS
+def test_a_group_of_another_kind_of_dict(entry, backend):
+    """Torch asks it; one given to ``add_param_group``, one put in later."""
+    runs = both(entry, backend, **richest(entry))
+    for run in runs:
+        more = make_params([(4,)], device=device_of(backend), seed=9)
+        run.params += more
+        run.optimizer.add_param_group(Halving(params=more, lr=0.5))
+        run.steps(2)
+        run.optimizer.param_groups[0] = Halving(run.optimizer.param_groups[0])
+        run.steps(2, 2)
+    assert_close(runs[1].tensors(), runs[0].tensors())
+
+
 @OURS
 @BACKENDS
 @pytest.mark.parametrize("value", [None, [1.0]], ids=str)

@@ -148,7 +148,10 @@ bool Groups::refresh(PyObject* param_groups) {
     Group fresh;
     GroupRow row;
     read(i, dict.ptr(), fresh, row);
-    if (row.variant != rows_[i].variant || fresh.capturable != group.capturable) return false;
+    if (row.variant != rows_[i].variant || fresh.capturable != group.capturable ||
+        fresh.is_read_as_dict != group.is_read_as_dict) {
+      return false;
+    }
     fresh.members.swap(group.members);
     group = std::move(fresh);
     rows_[i] = row;
@@ -275,6 +278,8 @@ void Groups::read(size_t index, PyObject* dict, Group& group, GroupRow& row) con
   for (size_t k = 0; k < variants_.size(); ++k) {
     if (reader.flag(variants_[k])) row.variant |= 1 << k;
   }
+  group.is_read_as_dict =
+      Py_TYPE(dict)->tp_as_mapping->mp_subscript == PyDict_Type.tp_as_mapping->mp_subscript;
   group.capturable = reader.flag({capturable(), -1, true});
   row.max_grad_value = reader.limit(kMaxValue);
   row.max_grad_norm_per_param = reader.limit(kMaxNorm);

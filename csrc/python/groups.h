@@ -24,7 +24,7 @@ class Groups {
   Groups(const RuleInfo& rule, c10::Device device, const py::object& param_groups);
 
   // Re-reads the numbers that changed, which may run Python code and so change anything. False when
-  // a variant, or `capturable`, is another: the plan must be built again.
+  // a variant, `capturable` or the kind of dict is another: the plan must be built again.
   bool refresh(PyObject* param_groups);
 
   // Whether the groups have the same parameters, and learning rates on the device are where
@@ -43,7 +43,10 @@ class Groups {
     std::vector<PyObject*> members;
     PyObject* device_lr = nullptr;
     DictGuard guard;
-    bool capturable = false;     // what it was when the plan was made
+    // What they were when the plan was made. A type of the user's own may return other things than
+    // the dict holds: parameters in such a group take torch's rules.
+    bool capturable = false;
+    bool is_read_as_dict = true;
     bool holds_mutable = false;  // values that change in place: read them every step
   };
   struct Key {
