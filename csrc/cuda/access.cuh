@@ -24,10 +24,11 @@ struct ApplyTypes {
   static constexpr int kVariant = kVariant_;
   static constexpr int kStates = rules::count_states<Rule>(kVariant);
   static constexpr int kStateArray = kStates > 0 ? kStates : 1;
-  // Elements of an access: 16 bytes of the narrowest operand, so that every operand is read in
-  // whole 16 bytes. That keeps enough bytes under way: an H200 needs latency x bandwidth, 0.8 us
-  // x 4.8 TB/s / 132 = 29 KB for each multiprocessor, and 1024 resident threads with 32 bytes (SGD
-  // without momentum) to 80 bytes (AMSGrad) have 32 to 80 KB.
+  // Elements of an access: 16 bytes of the narrowest operand (of mixed ones, of the type to compute
+  // in), so that every operand is read in whole 16 bytes. That keeps enough bytes under way: an
+  // H200 needs latency x bandwidth, 0.8 us x 4.8 TB/s / 132 = 29 KB for each multiprocessor, and
+  // 1024 resident threads with 32 bytes (SGD without momentum) to 80 bytes (AMSGrad) have 32 to 80
+  // KB.
   static constexpr int kVector =
       kAccessBytes / static_cast<int>(std::min({sizeof(Param), sizeof(Grad), sizeof(State)}));
   // Values of the compute type that an access holds, and blocks that a multiprocessor shall hold:
