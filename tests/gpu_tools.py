@@ -13,14 +13,21 @@ from torch import Tensor
 
 #: The backends of ours that run on a GPU here.
 GPU_BACKENDS = tuple(name for name in native_backends() if device_of(name) == "cuda")
-#: Types of parameters and gradients, and whether the states are float32 beside half parameters.
+#: Types of parameters, gradients and states, in turn; those of the parameters where there is none.
+SAME = tuple((dtype, dtype) for dtype in DTYPES)
 MIXED = (
-    (torch.float32, torch.float16, False),
-    (torch.float32, torch.bfloat16, False),
-    (torch.float16, torch.float16, True),
-    (torch.bfloat16, torch.bfloat16, True),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.float16, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    # Those that no kernel is made for alone.
+    (torch.float32, torch.float64),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float16, torch.bfloat16, torch.float64, torch.float16),
+    (torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float16),
+    (torch.float64, torch.float32),
+    (torch.float64, torch.bfloat16, torch.float16, torch.float32),
 )
-SAME = tuple((dtype, dtype, False) for dtype in DTYPES)
 
 _RANGE = "the step that is looked at"
 

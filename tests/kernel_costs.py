@@ -30,12 +30,21 @@ NAMES = [*RULES, "reduce"]
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"]
 THREADS = 256
 ACCESS_BYTES = 16
-SIZES = {"float": 4, "double": 8, "fusedopt::Float16": 2, "fusedopt::BFloat16": 2}
+SIZES = {
+    "float": 4,
+    "double": 8,
+    "fusedopt::Float16": 2,
+    "fusedopt::BFloat16": 2,
+    "fusedopt::cuda::Mixed<float>": 4,
+    "fusedopt::cuda::Mixed<double>": 8,
+}
 TYPE_NAMES = {
     "float": "float32",
     "double": "float64",
     "fusedopt::Float16": "float16",
     "fusedopt::BFloat16": "bfloat16",
+    "fusedopt::cuda::Mixed<float>": "mixed, in float32",
+    "fusedopt::cuda::Mixed<double>": "mixed, in float64",
 }
 
 
@@ -72,7 +81,9 @@ class Cost:
     """One main loop."""
 
     kernel: str  # rule and variant, or "reduce"
-    types: str  # of parameter, gradient, state; of the gradient alone for reduce
+    # Of parameter, gradient, state; of the gradient alone for reduce. A kernel for mixed types is
+    # followed with all operands in the type that it computes in.
+    types: str
     registers: int
     blocks: int  # on a multiprocessor
     kilobytes: float  # under way on a multiprocessor before the first value is used
@@ -159,6 +170,11 @@ class Instruction:
         return self.opcode.startswith(("LDG.E.128", "STG.E.128"))
 
     @property
+    def first_half(self) -> bool:
+        """The same, but for the second half of a longer access."""
+        return self.wide and "+0x10]" not in self.text
+
+    @property
     def adds(self) -> bool:
         """Whether it widens or adds up what was read: work that no short cut may leave out."""
         return self.opcode.startswith(("F2F.F64.F32", "DADD", "DFMA"))
@@ -185,10 +201,17 @@ def parse(code: str) -> list[Instruction]:
     return [Instruction(int(at, 16), text, bool(guard)) for at, guard, text in lines]
 
 
-def main_loops(instructions: Sequence[Instruction]) -> Iterator[list[Instruction]]:
+def main_loops(
+    instructions: Sequence[Instruction], mixed: bool = False
+) -> Iterator[list[Instruction]]:
     """Yields, for each loop with wide loads, its path with the most wide accesses and additions.
 
     Of several such paths the shortest: slow ways around (a division of denormals) are left out.
+
+    Args:
+        instructions: Of one kernel.
+        mixed: Whether it chooses a way for each operand, by its type. One access of it counts, and
+            additions do not: the shorter ways are taken, those of the type it computes in.
     """
     index = {each.address: i for i, each in enumerate(instructions)}
     seen: set[int] = set()
@@ -211,7 +234,8 @@ def main_loops(instructions: Sequence[Instruction]) -> Iterator[list[Instruction
             ways = [best[n][:3] + (n,) for n in nexts if n in best]
             if ways:
                 wide, adds, rest, following = max(ways)
-                best[i] = (wide + each.wide, adds + each.adds, rest - 1, following)
+                wide += each.first_half if mixed else each.wide
+                best[i] = (wide, adds + (each.adds and not mixed), rest - 1, following)
         if head not in best:
             continue
         path, at = [instructions[head]], head
@@ -266,11 +290,11 @@ def make_cost(
 
 def apply_cost(name: str, registers: int, code: str) -> Cost:
     """Returns the cost of an apply kernel."""
-    found = re.search(r"rules::(\w+), \(?(?:int\))?(\d+), ([^>]+)>", demangle(name))
+    found = re.search(r"rules::(\w+), \(?(?:int\))?(\d+), (.+?) ?> ?>\(", demangle(name))
     assert found, name
     rule, variant, types = found[1], int(found[2]), found[3].split(", ")
     param, grad, state = (SIZES[each] for each in types)
-    (path,) = main_loops(parse(code))
+    (path,) = main_loops(parse(code), mixed="Mixed" in found[3])
     states = count(path, "STG.E.128") * ACCESS_BYTES
     elements = ACCESS_BYTES // min(param, grad, state)
     state_bytes = (states - elements * param) // elements

@@ -55,8 +55,9 @@ def test_no_spills(objects, name):
     assert kernels
     for kernel, usage in kernels:
         assert "STACK:0 " in usage and "LOCAL:0 " in usage, f"{kernel}: {usage}"
-        # 3 blocks of 256 threads fit a multiprocessor.
-        assert int(re.search(r"REG:(\d+)", usage)[1]) <= 80, f"{kernel}: {usage}"
+        # 3 blocks of 256 threads fit a multiprocessor, or 2 for mixed types in float64.
+        most = 128 if "MixedId" in kernel else 80
+        assert int(re.search(r"REG:(\d+)", usage)[1]) <= most, f"{kernel}: {usage}"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -76,9 +77,12 @@ def test_wide_accesses(objects, rule):
 
 
 def test_wide_loads_of_reduce(objects):
-    """The reduce kernel reads gradients 16 bytes at a time, several under way."""
-    ((_, code), *_) = functions(dump_sass(objects["reduce"]))
-    assert len(re.findall(r"\bLDG\.E\.128", code)) >= 16
+    """The usual reduce kernel reads gradients 16 bytes at a time, several under way."""
+    kernels = [
+        len(re.findall(r"\bLDG\.E\.128", code))
+        for _, code in functions(dump_sass(objects["reduce"]))
+    ]
+    assert len(kernels) == 2 and max(kernels) >= 16
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,9 +2,8 @@
 
 There "cuda" is a device of torch whose memory and streams are those of tests/cpp/emulation: the
 backend's host code as it is, its kernels compiled for the CPU, operations of torch done by the
-CPU's kernels. The tests are the table of tests that all backends pass, those for real GPUs, and
-those that only an emulation can run (test_emulated_plans.py). Left out is the fuzzer, whose stories
-mix types as the CPU's kernels do and those of CUDA do not.
+CPU's kernels. The tests are the table of tests that all backends pass, with the stories of the
+fuzzer, those for real GPUs, and those that only an emulation can run (test_emulated_plans.py).
 """
 
 import os
@@ -24,7 +23,7 @@ TABLE = sorted(
     path.name
     for path in HERE.glob("test_*.py")
     if "backend" in path.read_text()
-    and not path.name.startswith(("test_triton_", "test_gpu_", "test_emulated_", "test_fuzz"))
+    and not path.name.startswith(("test_triton_", "test_gpu_", "test_emulated_"))
 )
 ONLY_CUDA = ["-k", "not triton"]
 #: What one process runs; two at a time. Neighbours in the table take about as long as each other.

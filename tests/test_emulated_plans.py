@@ -217,34 +217,26 @@ def test_parameters_that_never_had_a_gradient(kind):
     )
 
 
-@pytest.mark.parametrize(
-    "name, dtype, state, other",
-    [
-        ("SGD", torch.float32, "momentum_buffer", torch.float64),
-        ("Adam", torch.float32, "exp_avg_sq", torch.float64),
-    ],
-)
+@OURS
 @pytest.mark.parametrize("clips", [{}, {"max_grad_norm": 0.5}], ids=["bare", "clipped"])
-def test_rows_that_no_kernel_serves(name, dtype, state, other, clips):
-    """They take torch's rule; their neighbours stay with the kernels, under one norm."""
-    entry = TABLE[name]
-    options = {"momentum": 0.9} if name == "SGD" else {}
-    start = make_params(SHAPES, dtype, "cuda")
-    runs = []
-    for backend in ("cuda", "torch"):
-        params = copies(start)
-        runs.append(Run(params, make_fused(entry, params, backend, **options, **clips)))
-    for run in runs:
-        run.steps(1)
+def test_rows_of_mixed_types(entry, clips):
+    """They have a launch of their own beside that of their neighbours, under one norm."""
+    gpu, cpu = twins(entry, "cuda", SHAPES, **richest(entry), **clips)
+    step_both(gpu, cpu, 1)
+    for run in (gpu, cpu):
         entries = run.optimizer.state[run.params[1]]
-        entries[state] = entries[state].to(other)
-        run.steps(3, first=2)
-    ours, plain = runs
-    for mine, theirs in zip(ours.params, plain.params, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-    before = emulation.counts().launches
-    ours.steps(1, first=9)
-    assert emulation.counts().launches - before == (2 if clips else 1)
+        name = next(name for name in entry.states if name in entries)
+        entries[name] = entries[name].double()
+        run.optimizer.zero_grad()
+    for seed in (2, 3, 4):
+        set_grads(cpu.params[:1] + cpu.params[2:], seed)
+        set_grads(cpu.params[1:2], seed, dtype=torch.float64)
+        share_grads(gpu, cpu)
+        cpu.optimizer.step()
+        before = emulation.counts().launches
+        gpu.optimizer.step()
+        assert emulation.counts().launches - before == (3 if clips else 2)
+    assert_same_bits(gpu.tensors(), cpu.tensors())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -111,16 +112,20 @@ def test_norm_of_ordinary_gradients(entry, backend):
 @pytest.mark.parametrize("types", [*SAME, *MIXED], ids=str)
 def test_types(entry, backend, types):
     """Parameters, gradients and states of different types."""
-    dtype, grad_dtype, wide_states = types
-    gpu, cpu = twins(entry, backend, SHAPES, dtype, **richest(entry))
+    dtype, grad_dtype, *state_dtypes = types
+    gpu, cpu = twins(entry, backend, SHAPES, dtype, **richest(entry), max_grad_norm=200.0)
     step_both(gpu, cpu, 1, dtype=grad_dtype)
-    if wide_states:
-        for run in (gpu, cpu):
-            for entries in run.optimizer.state.values():
-                entries |= {name: entries[name].float() for name in entry.states if name in entries}
+    for run in (gpu, cpu):
+        for entries in run.optimizer.state.values():
+            names = [name for name in entry.states if name in entries]
+            for name, kind in zip(names, itertools.cycle(state_dtypes)):
+                entries[name] = entries[name].to(kind)
     for seed in (2, 3):
         step_both(gpu, cpu, seed, dtype=grad_dtype)
     assert_same_bits(gpu.tensors(), cpu.tensors())
+    norms = [run.optimizer.last_grad_norm.item() for run in (gpu, cpu)]
+    assert norms[0] == norms[1] > 200.0
+    assert not torch.equal(gpu.params[0].cpu(), make_params(SHAPES, dtype)[0])
     assert gpu.optimizer.backend_of(gpu.params[0]) == backend
 
 

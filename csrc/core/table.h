@@ -14,21 +14,30 @@ constexpr int kMaxHyper = 12;
 constexpr int kOperands =
     2 + kMaxStates;  // param, grad, states: the order of everything indexed by operand
 
-// One parameter with everything that belongs to it. A null grad means that it takes no part in this
+// One operand of a row: its memory and how numbers are stored there. No two need be alike.
+struct Operand {
+  void* data;  // null: there is none
+  DType type;
+};
+
+// One parameter with everything that belongs to it. Without a gradient it takes no part in this
 // step.
 struct TensorRow {
-  void* param;
-  const void* grad;
-  void* state[kMaxStates];
+  Operand param;
+  Operand grad;  // only read
+  Operand state[kMaxStates];
   void* step;             // 0-dim counter of applied steps, of step_type
   const int64_t* layout;  // null: every operand is dense in the same order; else see Layout
   int64_t numel;
   int32_t group;
-  DType param_type;
-  DType grad_type;
   DType step_type;  // float32 or float64
-  DType state_type[kMaxStates];
 };
+
+// Whether the passes compute with this row in float64; else they do in float32, whatever its
+// operands are stored in.
+FUSEDOPT_NUMBERS_HD bool computes_in_float64(const TensorRow& row) {
+  return row.param.type == DType::kFloat64;
+}
 
 // The number of the step under way: the counter plus 1, added in the counter's own type.
 FUSEDOPT_NUMBERS_HD double next_step(const TensorRow& row) {

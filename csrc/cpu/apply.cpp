@@ -45,9 +45,9 @@ void update_block(const typename Rule::template Constants<T>& constants,
 // Whether every operand of a row lies densely in one order and is of one type.
 template <int kVariant>
 bool is_uniform(const TensorRow& row, DType type) {
-  bool uniform = row.layout == nullptr && row.param_type == type && row.grad_type == type;
+  bool uniform = row.layout == nullptr && row.param.type == type && row.grad.type == type;
   for (int k = 0; k < rules::count_states<Rule>(kVariant); ++k) {
-    uniform &= row.state_type[k] == type;
+    uniform &= row.state[k].type == type;
   }
   return uniform;
 }
@@ -57,10 +57,10 @@ template <int kVariant, bool kTransform, typename S, typename T>
 void update_uniform(const typename Rule::template Constants<T>& constants,
                     const GradTransform<T>& transform, const TensorRow& row, const Piece& piece) {
   constexpr int kUsed = rules::count_states<Rule>(kVariant);
-  S* const param = static_cast<S*>(row.param) + piece.begin;
-  const S* const grad = static_cast<const S*>(row.grad) + piece.begin;
+  S* const param = static_cast<S*>(row.param.data) + piece.begin;
+  const S* const grad = static_cast<const S*>(row.grad.data) + piece.begin;
   std::array<S*, kMaxStates> states{};
-  for (int k = 0; k < kUsed; ++k) states[k] = static_cast<S*>(row.state[k]) + piece.begin;
+  for (int k = 0; k < kUsed; ++k) states[k] = static_cast<S*>(row.state[k].data) + piece.begin;
   if constexpr (!std::is_same_v<S, Float16>) {
     update_block<kVariant, kTransform>(constants, transform, param, grad, states, piece.length);
   } else {
@@ -88,11 +88,9 @@ template <int kVariant, bool kTransform, typename T>
 void update_staged(const typename Rule::template Constants<T>& constants,
                    const GradTransform<T>& transform, const TensorRow& row, const Piece& piece) {
   constexpr int kUsed = rules::count_states<Rule>(kVariant);
-  const Operand<T> param{row.param, row.param_type, row.layout, 0};
-  const Operand<T> grad = grad_operand<T>(row);
-  const auto state = [&](int k) {
-    return Operand<T>{row.state[k], row.state_type[k], row.layout, 2 + k};
-  };
+  const Array<T> param{row.param, row.layout, 0};
+  const Array<T> grad{row.grad, row.layout, 1};
+  const auto state = [&](int k) { return Array<T>{row.state[k], row.layout, 2 + k}; };
   std::array<T*, kMaxStates> states{};
   T buffers[2 + array_length(kVariant)][kBlock];
   const int64_t end = piece.begin + piece.length;
@@ -111,7 +109,7 @@ void update_staged(const typename Rule::template Constants<T>& constants,
 template <int kVariant, bool kTransform, typename T>
 void update_piece(const typename Rule::template Constants<T>& constants,
                   const GradTransform<T>& transform, const TensorRow& row, const Piece& piece) {
-  if (is_uniform<kVariant>(row, Operand<T>::kOwnType)) {
+  if (is_uniform<kVariant>(row, Array<T>::kOwnType)) {
     return update_uniform<kVariant, kTransform, T>(constants, transform, row, piece);
   }
   if constexpr (std::is_same_v<T, float>) {
@@ -173,13 +171,13 @@ void apply_piece(const Job& job, const TensorRow& row, const Piece& piece,
 __attribute__((always_inline)) inline void prefetch(const Job& job, const Piece& piece) {
   constexpr int kBytes = 256;
   const TensorRow& row = job.table.tensors[piece.tensor];
-  if (row.grad == nullptr || piece.length > 1024) return;
+  if (row.grad.data == nullptr || piece.length > 1024) return;
   __builtin_prefetch(row.step, 1);
   for (int at = 0; at < kBytes; at += 64) {
-    __builtin_prefetch(static_cast<const char*>(row.param) + at, 1);
-    __builtin_prefetch(static_cast<const char*>(row.grad) + at);
-    for (const void* state : row.state) {
-      __builtin_prefetch(static_cast<const char*>(state) + at, 1);
+    __builtin_prefetch(static_cast<const char*>(row.param.data) + at, 1);
+    __builtin_prefetch(static_cast<const char*>(row.grad.data) + at);
+    for (const Operand& state : row.state) {
+      __builtin_prefetch(static_cast<const char*>(state.data) + at, 1);
     }
   }
 }
@@ -195,8 +193,8 @@ void FUSEDOPT_NAME(apply_, FUSEDOPT_RULE)(const Job& job, int64_t first, int64_t
   for (const Piece* piece = job.table.pieces + first; piece < job.table.pieces + last; ++piece) {
     const TensorRow& row = job.table.tensors[piece->tensor];
     if (piece + 1 < job.table.pieces + last) prefetch(job, piece[1]);
-    if (row.grad == nullptr) continue;
-    if (row.param_type == DType::kFloat64) {
+    if (row.grad.data == nullptr) continue;
+    if (computes_in_float64(row)) {
       apply_piece(job, row, *piece, doubles);
     } else {
       apply_piece(job, row, *piece, floats);

@@ -1,6 +1,6 @@
-// One operand of a row (parameter, gradient or a state), seen by the loops as an array of the
-// compute type: in place where the memory is already that, else through a small buffer that
-// converts types and gathers strides.
+// An operand of a row (core/table.h), seen by the loops as an array of the compute type: in place
+// where the memory is already that, else through a small buffer that converts types and gathers
+// strides.
 #pragma once
 
 #include <algorithm>
@@ -16,21 +16,21 @@ constexpr int kBlock = 512;
 namespace FUSEDOPT_ISA {
 
 template <typename T>
-struct Operand;
+struct Array;
 
 // What cannot be used in place, to and from a buffer (staging.cpp).
 template <typename T>
-void stage_in(const Operand<T>& operand, int64_t first, int count, T* buffer);
+void stage_in(const Array<T>& array, int64_t first, int count, T* buffer);
 template <typename T>
-void stage_out(const Operand<T>& operand, int64_t first, int count, const T* buffer);
+void stage_out(const Array<T>& array, int64_t first, int count, const T* buffer);
 
 template <typename T>
-struct Operand {
-  bool in_place() const { return layout == nullptr && type == kOwnType; }
+struct Array {
+  bool in_place() const { return layout == nullptr && operand.type == kOwnType; }
 
   // The values of `count` elements from `first`: in place, or read into `buffer`.
   T* read(int64_t first, int count, T* buffer) const {
-    if (in_place()) return static_cast<T*>(base) + first;
+    if (in_place()) return static_cast<T*>(operand.data) + first;
     stage_in(*this, first, count, buffer);
     return buffer;
   }
@@ -42,16 +42,10 @@ struct Operand {
 
   static constexpr DType kOwnType = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
 
-  void* base;
-  DType type;
+  Operand operand;
   const int64_t* layout;
   int index;  // among the operands of a row
 };
-
-template <typename T>
-Operand<T> grad_operand(const TensorRow& row) {
-  return {const_cast<void*>(row.grad), row.grad_type, row.layout, 1};
-}
 
 }  // namespace FUSEDOPT_ISA
 }  // namespace fusedopt::cpu

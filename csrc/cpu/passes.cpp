@@ -74,7 +74,7 @@ double reduce(Job& job, std::vector<double>& param_clips, int threads) {
     const TensorRow& row = table.tensors[tensor];
     sums.clear();
     for (; i < table.piece_count && table.pieces[i].tensor == tensor; ++i) {
-      if (row.grad == nullptr) continue;
+      if (row.grad.data == nullptr) continue;
       sums.push_back(job.partials[i].sum_squares);
       nonfinite |= job.partials[i].nonfinite;
     }
@@ -105,7 +105,7 @@ void apply(Job& job, size_t rule, int threads) {
                    any_group(table, [](const GroupRow& g) { return g.max_grad_value != INFINITY; });
   for_each_task(job, threads, current_instruction_set().apply[rule]);
   for (int64_t i = 0; i < table.tensor_count; ++i) {
-    if (table.tensors[i].grad != nullptr) advance_step(table.tensors[i]);
+    if (table.tensors[i].grad.data != nullptr) advance_step(table.tensors[i]);
   }
 }
 

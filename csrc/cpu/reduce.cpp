@@ -182,7 +182,7 @@ class Strips {
 
 template <bool kClamp, typename T>
 Partial reduce_piece(const TensorRow& row, const Piece& piece, T unscale, T max_value) {
-  const Operand<T> grad = grad_operand<T>(row);
+  const Array<T> grad{row.grad, row.layout, 1};
   const int most = grad.in_place() ? kPieceLength : kBlock;
   static_assert(kBlock % kStrip == 0);
   T buffer[kBlock];
@@ -206,10 +206,10 @@ void reduce(const Job& job, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
     const Piece& piece = job.table.pieces[i];
     const TensorRow& row = job.table.tensors[piece.tensor];
-    if (row.grad == nullptr) continue;
+    if (row.grad.data == nullptr) continue;
     const double max_value = job.table.groups[row.group].max_grad_value;
     const double unscale = job.control.unscale;
-    job.partials[i] = row.param_type == DType::kFloat64
+    job.partials[i] = computes_in_float64(row)
                           ? reduce_piece<double>(row, piece, unscale, max_value)
                           : reduce_piece<float>(row, piece, unscale, max_value);
   }

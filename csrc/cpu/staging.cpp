@@ -34,51 +34,51 @@ inline void for_each_offset(const int64_t* layout, int operand, int64_t first, i
   }
 }
 
-// Calls use(memory) with the operand's base as a pointer to its own number type.
-template <typename T, typename Use>
-void with_storage(const Operand<T>& operand, Use use) {
+// Calls use(memory) with the operand's memory as a pointer to its own number type.
+template <typename Use>
+void with_storage(const Operand& operand, Use use) {
   switch (operand.type) {
     case DType::kFloat32:
-      return use(static_cast<float*>(operand.base));
+      return use(static_cast<float*>(operand.data));
     case DType::kFloat64:
-      return use(static_cast<double*>(operand.base));
+      return use(static_cast<double*>(operand.data));
     case DType::kFloat16:
-      return use(static_cast<Float16*>(operand.base));
+      return use(static_cast<Float16*>(operand.data));
     case DType::kBFloat16:
-      return use(static_cast<BFloat16*>(operand.base));
+      return use(static_cast<BFloat16*>(operand.data));
   }
 }
 
 }  // namespace
 
 template <typename T>
-void stage_in(const Operand<T>& operand, int64_t first, int count, T* buffer) {
-  with_storage(operand, [&](auto* memory) {
-    if (operand.layout == nullptr) {
+void stage_in(const Array<T>& array, int64_t first, int count, T* buffer) {
+  with_storage(array.operand, [&](auto* memory) {
+    if (array.layout == nullptr) {
       widen_run(memory + first, count, buffer);
     } else {
-      for_each_offset(operand.layout, operand.index, first, count,
+      for_each_offset(array.layout, array.index, first, count,
                       [&](int i, int64_t offset) { buffer[i] = load_as<T>(memory[offset]); });
     }
   });
 }
 
 template <typename T>
-void stage_out(const Operand<T>& operand, int64_t first, int count, const T* buffer) {
-  with_storage(operand, [&](auto* memory) {
-    if (operand.layout == nullptr) {
+void stage_out(const Array<T>& array, int64_t first, int count, const T* buffer) {
+  with_storage(array.operand, [&](auto* memory) {
+    if (array.layout == nullptr) {
       narrow_run(buffer, count, memory + first);
     } else {
-      for_each_offset(operand.layout, operand.index, first, count,
+      for_each_offset(array.layout, array.index, first, count,
                       [&](int i, int64_t offset) { store_as(memory[offset], buffer[i]); });
     }
   });
 }
 
-template void stage_in(const Operand<float>&, int64_t, int, float*);
-template void stage_in(const Operand<double>&, int64_t, int, double*);
-template void stage_out(const Operand<float>&, int64_t, int, const float*);
-template void stage_out(const Operand<double>&, int64_t, int, const double*);
+template void stage_in(const Array<float>&, int64_t, int, float*);
+template void stage_in(const Array<double>&, int64_t, int, double*);
+template void stage_out(const Array<float>&, int64_t, int, const float*);
+template void stage_out(const Array<double>&, int64_t, int, const double*);
 
 }  // namespace FUSEDOPT_ISA
 }  // namespace fusedopt::cpu

@@ -8,7 +8,7 @@
 
 #include "core/control.h"
 #include "cuda/kernels.h"
-#include "cuda/memory.cuh"
+#include "cuda/operand.cuh"
 #include "rules/common.h"
 
 namespace fusedopt::cuda {
@@ -20,20 +20,24 @@ struct ApplyTypes {
   using Param = Param_;
   using Grad = Grad_;
   using State = State_;
-  using Compute = std::conditional_t<std::is_same_v<Param, double>, double, float>;
+  using Compute = ComputeOf<Param>;
   static constexpr int kVariant = kVariant_;
   static constexpr int kStates = rules::count_states<Rule>(kVariant);
   static constexpr int kStateArray = kStates > 0 ? kStates : 1;
-  // Elements of an access: 16 bytes of the narrowest operand, so that every operand is read in
-  // whole 16 bytes. That keeps enough bytes under way: an H200 needs latency x bandwidth, 0.8 us
-  // x 4.8 TB/s / 132 = 29 KB for each multiprocessor, and 1024 resident threads with 32 bytes (SGD
-  // without momentum) to 80 bytes (AMSGrad) have 32 to 80 KB.
+  // Elements of an access: 16 bytes of the narrowest operand (of mixed ones, of the type to compute
+  // in), so that every operand is read in whole 16 bytes. That keeps enough bytes under way: an
+  // H200 needs latency x bandwidth, 0.8 us x 4.8 TB/s / 132 = 29 KB for each multiprocessor, and
+  // 1024 resident threads with 32 bytes (SGD without momentum) to 80 bytes (AMSGrad) have 32 to 80
+  // KB.
   static constexpr int kVector =
       kAccessBytes / static_cast<int>(std::min({sizeof(Param), sizeof(Grad), sizeof(State)}));
   // Values of the compute type that an access holds, and blocks that a multiprocessor shall hold:
-  // as many as there are registers for.
+  // as many as there are registers for, which with mixed types also hold those types.
   static constexpr int kRegisters = kVector * (2 + kStates);
-  static constexpr int kBlocks = sizeof(Compute) != sizeof(float) ? 3 : kRegisters <= 16 ? 4 : 3;
+  static constexpr bool kFloat = sizeof(Compute) == sizeof(float);
+  static constexpr int kBlocks = kIsMixed<Param>              ? (kFloat ? 3 : 2)
+                                 : kFloat && kRegisters <= 16 ? 4
+                                                              : 3;
 };
 
 // The values of one access on their way through registers.
@@ -79,22 +83,22 @@ class PieceAccess {
  public:
   // `grad` null: a piece without accesses.
   FUSEDOPT_DEVICE PieceAccess(const TensorRow& row, const void* grad, const Piece& piece)
-      : param_(static_cast<Param*>(row.param)),
-        grad_(static_cast<const typename Types::Grad*>(grad)),
+      : param_(row.param),
+        grad_(Operand{const_cast<void*>(grad), row.grad.type}),
         layout_(row.layout),
         begin_(piece.begin) {
 #pragma unroll
-    for (int k = 0; k < Types::kStates; ++k) state_[k] = static_cast<State*>(row.state[k]);
+    for (int k = 0; k < Types::kStates; ++k) state_[k] = OperandAccess<State>(row.state[k]);
     const int length = grad != nullptr ? piece.length : 0;
     if (layout_ != nullptr) {
       singles_ = count_ = length;
       return;
     }
-    param_ += begin_;
-    grad_ += begin_;
+    param_.advance(begin_);
+    grad_.advance(begin_);
 #pragma unroll
-    for (int k = 0; k < Types::kStates; ++k) state_[k] += begin_;
-    const int head = aligned_head();
+    for (int k = 0; k < Types::kStates; ++k) state_[k].advance(begin_);
+    const int head = vector_head();
     head_ = min(head < 0 ? length : head, length);
     vectors_ = (length - head_) / Types::kVector;
     singles_ = length - vectors_ * Types::kVector;
@@ -111,65 +115,66 @@ class PieceAccess {
   FUSEDOPT_DEVICE static void prefetch(const TensorRow& row, const void* grad, const Piece& piece) {
     const int at = threadIdx.x * Types::kVector;
     if (row.layout != nullptr || grad == nullptr || at >= piece.length) return;
-    prefetch_line(static_cast<const Param*>(row.param) + piece.begin + at);
-    prefetch_line(static_cast<const typename Types::Grad*>(grad) + piece.begin + at);
+    OperandAccess<Param>(row.param).prefetch(piece.begin + at);
+    OperandAccess<Grad>({const_cast<void*>(grad), row.grad.type}).prefetch(piece.begin + at);
 #pragma unroll
     for (int k = 0; k < Types::kStates; ++k) {
-      prefetch_line(static_cast<const State*>(row.state[k]) + piece.begin + at);
+      OperandAccess<State>(row.state[k]).prefetch(piece.begin + at);
     }
   }
 
   // Reads the elements of access i; those that it does not have stay as they are.
   FUSEDOPT_DEVICE void load(int i, Elements<Types>& to) const {
-    if (i < vectors_) {
+    const bool vector = i < vectors_;
+    if (vector) {
       const int at = head_ + i * Types::kVector;
-      load_vector(param_ + at, to.param);
-      load_vector(grad_ + at, to.grad);
+      param_.fetch_vector(at, to.param);
+      grad_.fetch_vector(at, to.grad);
 #pragma unroll
-      for (int k = 0; k < Types::kStates; ++k) load_vector(state_[k] + at, to.state[k]);
+      for (int k = 0; k < Types::kStates; ++k) state_[k].fetch_vector(at, to.state[k]);
     } else {
       for_each_single(i, [&](int e, const auto& at) {
-        to.param[e] = load_single<T>(param_ + at(0));
-        to.grad[e] = load_single<T>(grad_ + at(1));
+        param_.fetch(at(0), to.param[e]);
+        grad_.fetch(at(1), to.grad[e]);
 #pragma unroll
-        for (int k = 0; k < Types::kStates; ++k) {
-          to.state[k][e] = load_single<T>(state_[k] + at(2 + k));
-        }
+        for (int k = 0; k < Types::kStates; ++k) state_[k].fetch(at(2 + k), to.state[k][e]);
       });
     }
+    param_.settle(to.param, vector);
+    grad_.settle(to.grad, vector);
+#pragma unroll
+    for (int k = 0; k < Types::kStates; ++k) state_[k].settle(to.state[k], vector);
   }
 
   FUSEDOPT_DEVICE void store(int i, const Elements<Types>& from) const {
     if (i < vectors_) {
       const int at = head_ + i * Types::kVector;
-      store_vector(param_ + at, from.param);
+      param_.store_vector(at, from.param);
 #pragma unroll
-      for (int k = 0; k < Types::kStates; ++k) store_vector(state_[k] + at, from.state[k]);
+      for (int k = 0; k < Types::kStates; ++k) state_[k].store_vector(at, from.state[k]);
     } else {
       for_each_single(i, [&](int e, const auto& at) {
-        store_single(param_ + at(0), from.param[e]);
+        param_.store(at(0), from.param[e]);
 #pragma unroll
-        for (int k = 0; k < Types::kStates; ++k) {
-          store_single(state_[k] + at(2 + k), from.state[k][e]);
-        }
+        for (int k = 0; k < Types::kStates; ++k) state_[k].store(at(2 + k), from.state[k][e]);
       });
     }
   }
 
  private:
-  using T = typename Types::Compute;
   using Param = typename Types::Param;
+  using Grad = typename Types::Grad;
   using State = typename Types::State;
 
-  // How many elements stand before the first that is 16-byte aligned in every operand; -1 when
-  // there is none, because the operands are misaligned by different amounts.
-  FUSEDOPT_DEVICE int aligned_head() const {
-    int head = max(elements_to_alignment(param_), elements_to_alignment(grad_));
+  // How many elements stand before the first vector of every operand; -1 when there is none,
+  // because the operands are misaligned by different amounts.
+  FUSEDOPT_DEVICE int vector_head() const {
+    int head = max(param_.vector_head(), grad_.vector_head());
 #pragma unroll
-    for (int k = 0; k < Types::kStates; ++k) head = max(head, elements_to_alignment(state_[k]));
-    bool common = is_aligned(param_ + head) && is_aligned(grad_ + head);
+    for (int k = 0; k < Types::kStates; ++k) head = max(head, state_[k].vector_head());
+    bool common = param_.takes_vector(head) && grad_.takes_vector(head);
 #pragma unroll
-    for (int k = 0; k < Types::kStates; ++k) common = common && is_aligned(state_[k] + head);
+    for (int k = 0; k < Types::kStates; ++k) common = common && state_[k].takes_vector(head);
     return common ? head : -1;
   }
 
@@ -194,9 +199,9 @@ class PieceAccess {
     }
   }
 
-  Param* param_;
-  const typename Types::Grad* grad_;
-  State* state_[Types::kStateArray];
+  OperandAccess<Param> param_;
+  OperandAccess<Grad> grad_;
+  OperandAccess<State> state_[Types::kStateArray];
   const int64_t* layout_;  // not null: every element is a single one, and the pointers are the
                            // tensor's, not the piece's
   int64_t begin_;

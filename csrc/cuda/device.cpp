@@ -53,7 +53,7 @@ std::string unavailable(int device) {
   std::string reason = unavailable();
   if (!reason.empty()) return reason;
   try {
-    const cudaError_t status = load_kernel(reduce_kernel_of_all_rules());
+    const cudaError_t status = load_kernel(reduce_kernel_of_all_rules(false));
     if (status == cudaSuccess) return "";
     const DeviceInfo info = describe_device(device);
     const std::string capability = std::to_string(info.major) + "." + std::to_string(info.minor);

@@ -19,7 +19,7 @@ struct DeviceTable {
   const GroupRow* groups;
 };
 
-// One launch: all pieces of one combination of types and variant, one block each.
+// One launch: all pieces of one kernel, one block each.
 struct ApplyParams {
   DeviceTable table;
   const Piece* pieces;
@@ -58,7 +58,8 @@ struct ReduceParams {
 using ApplyKernel = void (*)(ApplyParams);
 using ReduceKernel = void (*)(ReduceParams);
 
-// In reduce.cu.
-ReduceKernel reduce_kernel_of_all_rules();
+// In reduce.cu. `mixed`: the one for rows of which any computes in float64 and has a gradient that
+// is stored otherwise, or the other way round.
+ReduceKernel reduce_kernel_of_all_rules(bool mixed);
 
 }  // namespace fusedopt::cuda

@@ -26,9 +26,6 @@ struct DeviceInfo {
 };
 DeviceInfo describe_device(int device);
 
-// Whether kernels exist for the types of this row (types.h lists them).
-bool serves(size_t rule, int variant, const TensorRow& row);
-
 // How many elements of a tensor make one piece: pieces enough to keep all multiprocessors busy and
 // to even out their speed, yet long enough to pay for their start. A power of two between 1 Ki and
 // 64 Ki.
@@ -82,7 +79,7 @@ struct ApplyRequest {
 class DevicePlan {
  public:
   // Copies the table (host memory, layouts too) to the device, in any order of types and variants.
-  // Rows that serves() refuses are left out of every pass. `rule` indexes all_rules().
+  // `rule` indexes all_rules().
   DevicePlan(size_t rule, int device, const Table& table, const Allocate& allocate,
              StreamHandle stream);
   ~DevicePlan();
@@ -97,7 +94,7 @@ class DevicePlan {
   // Reads every gradient once. One launch.
   void reduce(const ReduceRequest& request, StreamHandle stream);
 
-  // The update: one launch for each combination of types and variant that has a gradient.
+  // The update: one launch for each kernel that has a gradient.
   void apply(const ApplyRequest& request, StreamHandle stream);
 
  private:

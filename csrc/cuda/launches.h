@@ -1,4 +1,4 @@
-// Which launches a table needs: one for each combination of types and variant in it. Host only.
+// Which launches a table needs: one for each kernel in it. Host only.
 #pragma once
 
 #include <string>
@@ -26,7 +26,6 @@ struct Launches {
   std::vector<int64_t> piece_counts;  // by tensor
 };
 
-// Rows for which no kernel exists are in no launch.
 Launches cut_launches(size_t rule, const Table& table);
 
 }  // namespace fusedopt::cuda

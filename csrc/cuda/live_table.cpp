@@ -15,7 +15,7 @@ LiveTable::LiveTable(const Table& table)
 const std::vector<int64_t>& LiveTable::fill(const TensorRow* tensors, const GroupRow* groups) {
   if (grads_at_ > 0) memcpy(wanted_.data(), groups, grads_at_ * sizeof(int64_t));
   for (size_t i = grads_at_; i < wanted_.size(); ++i) {
-    wanted_[i] = reinterpret_cast<int64_t>(tensors[i - grads_at_].grad);
+    wanted_[i] = reinterpret_cast<int64_t>(tensors[i - grads_at_].grad.data);
   }
   return wanted_;
 }

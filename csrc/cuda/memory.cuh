@@ -116,8 +116,16 @@ FUSEDOPT_DEVICE void store_single(Storage* to, T from) {
   *in_global_memory(to) = to_storage<Storage>(from);
 }
 
-FUSEDOPT_DEVICE uint4 load_raw(const void* from) {
-  return *in_global_memory(static_cast<const uint4*>(from));
+// That many bytes, read and written in one access.
+template <int kBytes>
+using Raw = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint1, ushort1>>>;
+
+template <int kBytes = kAccessBytes>
+FUSEDOPT_DEVICE Raw<kBytes> load_raw(const void* from) {
+  static_assert(sizeof(Raw<kBytes>) == kBytes);
+  return *in_global_memory(static_cast<const Raw<kBytes>*>(from));
 }
 
 // The elements of 16 bytes.
@@ -139,29 +147,31 @@ FUSEDOPT_DEVICE void load_vector(const Storage* from, T (&to)[kCount]) {
   for (int at = 0; at < kCount; at += kEach) unpack<Storage>(load_raw(from + at), to + at);
 }
 
+// The same to memory, in accesses of fewer bytes where kCount elements have no more.
 template <typename Storage, int kCount, typename T>
 FUSEDOPT_DEVICE void store_vector(Storage* to, const T (&from)[kCount]) {
-  constexpr int kEach = kAccessBytes / sizeof(Storage);
+  constexpr int kMost = kAccessBytes / sizeof(Storage);
+  constexpr int kEach = kCount < kMost ? kCount : kMost;
   static_assert(kCount % kEach == 0);
 #pragma unroll
   for (int access = 0; access < kCount / kEach; ++access) {
-    uint4 raw;
+    const T* const x = from + access * kEach;
+    Storage values[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) values[i] = to_storage<Storage>(x[i]);
 #ifdef FUSEDOPT_NATIVE_HALVES
     if constexpr (sizeof(Storage) == 2) {
-      const T* x = from + access * kEach;
-      raw.x = narrow_pair(x[0], x[1], Storage{});
-      raw.y = narrow_pair(x[2], x[3], Storage{});
-      raw.z = narrow_pair(x[4], x[5], Storage{});
-      raw.w = narrow_pair(x[6], x[7], Storage{});
-    } else
-#endif
-    {
-      Storage values[kEach];
+      uint32_t pairs[kEach / 2];
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) values[i] = to_storage<Storage>(from[access * kEach + i]);
-      memcpy(&raw, values, sizeof(raw));
+      for (int i = 0; i < kEach / 2; ++i) {
+        pairs[i] = narrow_pair(x[2 * i], x[2 * i + 1], Storage{});
+      }
+      memcpy(values, pairs, sizeof(values));
     }
-    in_global_memory(reinterpret_cast<uint4*>(to))[access] = raw;
+#endif
+    Raw<kEach * sizeof(Storage)> raw;
+    memcpy(&raw, values, sizeof(raw));
+    in_global_memory(reinterpret_cast<decltype(raw)*>(to))[access] = raw;
   }
 }
 

@@ -13,6 +13,13 @@ namespace {
 
 cudaStream_t as_stream(StreamHandle stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
+ReduceKernel reduce_kernel_of(const Table& table) {
+  return reduce_kernel_of_all_rules(
+      std::any_of(table.tensors, table.tensors + table.tensor_count, [](const TensorRow& row) {
+        return computes_in_float64(row) != (row.grad.type == DType::kFloat64);
+      }));
+}
+
 // The layouts of all rows, one behind the other.
 std::vector<int64_t> collect_layouts(const Table& table) {
   std::vector<int64_t> words;
@@ -75,6 +82,7 @@ class DevicePlan::Impl {
  private:
   Impl(Launches cut, const Table& table, const Allocate& allocate, cudaStream_t stream)
       : launches_(std::move(cut.launches)),
+        reduce_kernel_(reduce_kernel_of(table)),
         host_rows_(std::move(cut.rows)),
         tensor_count_(table.tensor_count),
         group_count_(table.group_count),
@@ -83,6 +91,7 @@ class DevicePlan::Impl {
                                     [](int64_t count) { return count > 0; })),
         live_(table) {
     // Not at the first launch, which may come while a stream is under capture.
+    check(load_kernel(reduce_kernel_), "loading the reduce kernel");
     for (const Launch& launch : launches_) {
       check(load_kernel(launch.kernel), "loading " + launch.name);
     }
@@ -160,7 +169,7 @@ class DevicePlan::Impl {
     params.tensor_tickets = tickets_ + 2;
     params.control = request.control;
     params.totals = request.totals;
-    launch_kernel(reduce_kernel_of_all_rules(), params, std::max<int64_t>(pieces, 1), stream,
+    launch_kernel(reduce_kernel_, params, std::max<int64_t>(pieces, 1), stream,
                   "the reduce kernel");
   }
 
@@ -172,6 +181,7 @@ class DevicePlan::Impl {
   }
 
   std::vector<Launch> launches_;
+  ReduceKernel reduce_kernel_;
   std::vector<int32_t> host_rows_;
   int64_t tensor_count_;
   int64_t group_count_;

@@ -19,15 +19,15 @@ struct Found {
 template <typename Storage>
 FUSEDOPT_DEVICE Found reduce_grad(const void* grad, const TensorRow& row, const Piece& piece,
                                   const ReduceParams& params, double unscale, double* sums) {
-  const Storage* const elements = static_cast<const Storage*>(grad);
+  const OperandAccess<Storage> operand(Operand{const_cast<void*>(grad), row.grad.type});
   bool nonfinite;
   if (params.clamps) {
     Squares<Storage> squares(unscale, params.table.groups[row.group].max_grad_value, sums);
-    squares.template add<true>(elements, row.layout, piece);
+    squares.template add<true>(operand, row.layout, piece);
     nonfinite = squares.nonfinite();
   } else {
     Squares<Storage> squares(unscale, INFINITY, sums);
-    squares.template add<false>(elements, row.layout, piece);
+    squares.template add<false>(operand, row.layout, piece);
     nonfinite = squares.nonfinite();
   }
   const int any_nonfinite = __syncthreads_or(nonfinite);
@@ -35,14 +35,22 @@ FUSEDOPT_DEVICE Found reduce_grad(const void* grad, const TensorRow& row, const 
   return {add_over_block(thread * kGranule < piece.length ? sums[thread] : 0.0), any_nonfinite};
 }
 
-// The same for a gradient of any type; nothing without one.
+// The same for a gradient of any type; nothing without one. The squares are those of the numbers
+// that the apply pass computes with: kMixed where a row computes in float64 and its gradient is not
+// stored so, or the other way round.
+template <bool kMixed>
 FUSEDOPT_DEVICE Found reduce_piece(const ReduceParams& params, const Piece& piece, double unscale) {
   const TensorRow& row = params.table.tensors[piece.tensor];
   const void* grad = params.table.grads[piece.tensor];
   if (grad == nullptr) return {};
   static_assert(kLongestPiece <= kThreads * kGranule);
   __shared__ double sums[kThreads];
-  switch (row.grad_type) {
+  if constexpr (kMixed) {
+    return computes_in_float64(row)
+               ? reduce_grad<Mixed<double>>(grad, row, piece, params, unscale, sums)
+               : reduce_grad<Mixed<float>>(grad, row, piece, params, unscale, sums);
+  }
+  switch (row.grad.type) {
     case DType::kFloat32:
       return reduce_grad<float>(grad, row, piece, params, unscale, sums);
     case DType::kFloat64:
@@ -113,6 +121,7 @@ FUSEDOPT_DEVICE void finish_step(const ReduceParams& params, const Found& found)
 }
 
 // Without any piece one block finishes the step, whose total is 0.
+template <bool kMixed>
 __global__ void __launch_bounds__(kThreads, 4)
     reduce_kernel(const __grid_constant__ ReduceParams params) {
   __shared__ bool last;
@@ -121,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const Piece piece = params.pieces[blockIdx.x];
     const int64_t begin = params.first_piece[piece.tensor];
     const int64_t count = params.piece_counts[piece.tensor];
-    Found found = reduce_piece(params, piece, unscale);
+    Found found = reduce_piece<kMixed>(params, piece, unscale);
     if (count > 1) {
       if (threadIdx.x == 0) {
         params.partials[blockIdx.x] = Partial{found.sum_squares, found.nonfinite};
@@ -144,6 +153,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 }  // namespace
 
-ReduceKernel reduce_kernel_of_all_rules() { return &reduce_kernel; }
+ReduceKernel reduce_kernel_of_all_rules(bool mixed) {
+  return mixed ? &reduce_kernel<true> : &reduce_kernel<false>;
+}
 
 }  // namespace fusedopt::cuda

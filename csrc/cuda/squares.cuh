@@ -4,6 +4,7 @@
 #include "core/control.h"
 #include "core/sum_order.h"
 #include "cuda/block.cuh"
+#include "cuda/operand.cuh"
 
 namespace fusedopt::cuda {
 
@@ -33,7 +34,7 @@ class Judge {
   FUSEDOPT_DEVICE bool nonfinite() const { return poison_ != Compute(0) || pairs_ != 0u; }
 
  private:
-  using Compute = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+  using Compute = ComputeOf<Storage>;
   Compute poison_ = 0;
   uint32_t pairs_ = 0;
 };
@@ -61,23 +62,25 @@ class Squares {
   FUSEDOPT_DEVICE bool nonfinite() const { return judge_.nonfinite(); }
 
   template <bool kClamp>
-  FUSEDOPT_DEVICE void add(const Storage* grad, const int64_t* layout, const Piece& piece) {
+  FUSEDOPT_DEVICE void add(OperandAccess<Storage> grad, const int64_t* layout, const Piece& piece) {
     if (layout != nullptr) {
-      add_singles<kClamp, 1>(0, piece.length, [&](int i) {
+      add_singles<kClamp, 1>(grad, 0, piece.length, [&](int i) {
         int64_t offsets[2];
         strided_offsets(layout, piece.begin + i, offsets);
-        return load_single<T>(grad + offsets[1]);
+        return offsets[1];
       });
       return;
     }
-    grad += piece.begin;
-    const int done = is_aligned(grad) ? add_units<kClamp>(grad, piece.length) : 0;
-    add_singles<kClamp, kStripRows>(done, piece.length,
-                                    [&](int i) { return load_single<T>(grad + i); });
+    grad.advance(piece.begin);
+    int done = 0;
+    if constexpr (!kIsMixed<Storage>) {
+      if (grad.takes_vector(0)) done = add_units<kClamp>(grad.data(), piece.length);
+    }
+    add_singles<kClamp, kStripRows>(grad, done, piece.length, [](int i) { return i; });
   }
 
  private:
-  using T = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+  using T = ComputeOf<Storage>;
   static constexpr int kVector = kAccessBytes / sizeof(Storage);
   static constexpr int kThreadsOfStrip = kLanes / kVector;
   static constexpr int kUnit = kWarp * kVector * kStripRows;
@@ -119,9 +122,11 @@ class Squares {
     return units * kUnit;
   }
 
-  // Elements [begin, length), read one by one by `read(index)`: two strips a warp, a lane a thread.
-  template <bool kClamp, int kAtOnce, typename Read>
-  FUSEDOPT_DEVICE void add_singles(int begin, int length, Read read) {
+  // Elements [begin, length), read one by one at `place(index)`: two strips a warp, a lane a
+  // thread.
+  template <bool kClamp, int kAtOnce, typename Place>
+  FUSEDOPT_DEVICE void add_singles(const OperandAccess<Storage>& grad, int begin, int length,
+                                   Place place) {
     const int granules = (length + kGranule - 1) / kGranule;
 #pragma unroll 1
     for (int granule = begin / kGranule + warp(); granule < granules; granule += kWarps) {
@@ -133,8 +138,9 @@ class Squares {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           const int at = first + (row + i) * kLanes;
-          if (at < length) values[i] = read(at);
+          if (at < length) grad.fetch(place(at), values[i]);
         }
+        grad.settle(values, false);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           if (first + (row + i) * kLanes >= length) break;

@@ -1,5 +1,9 @@
-// The combinations of number types that have kernels, in the order of the kernel tables.
+// The kernels that a variant of a rule has: one for each usual combination of number types, and for
+// all others one for each type to compute in. Their numbers here are the order of the kernel
+// tables.
 #pragma once
+
+#include <algorithm>
 
 #include "core/table.h"
 
@@ -11,7 +15,7 @@ struct TypeCombo {
   DType state;
 };
 
-constexpr TypeCombo kTypeCombos[] = {
+constexpr TypeCombo kUsualTypes[] = {
     {DType::kFloat32, DType::kFloat32, DType::kFloat32},
     {DType::kFloat64, DType::kFloat64, DType::kFloat64},
     {DType::kFloat16, DType::kFloat16, DType::kFloat16},
@@ -21,22 +25,22 @@ constexpr TypeCombo kTypeCombos[] = {
     {DType::kFloat16, DType::kFloat16, DType::kFloat32},
     {DType::kBFloat16, DType::kBFloat16, DType::kFloat32},
 };
-constexpr int kTypeComboCount = sizeof(kTypeCombos) / sizeof(kTypeCombos[0]);
+constexpr int kMixedFloat32 = sizeof(kUsualTypes) / sizeof(kUsualTypes[0]);
+constexpr int kMixedFloat64 = kMixedFloat32 + 1;
+constexpr int kKernelCount = kMixedFloat64 + 1;
 
-// The combo of a row with `states` states, or -1. A row without states counts as one whose states
-// have the parameter's type.
-constexpr int find_combo(const TensorRow& row, int states) {
-  const DType state = states == 0 ? row.param_type : row.state_type[0];
-  for (int k = 1; k < states; ++k) {
-    if (row.state_type[k] != state) return -1;
-  }
-  for (int i = 0; i < kTypeComboCount; ++i) {
-    const TypeCombo& combo = kTypeCombos[i];
-    if (combo.param == row.param_type && combo.grad == row.grad_type && combo.state == state) {
+// The kernel of a row with `states` states. One without states counts as one whose states have the
+// parameter's type.
+inline int find_kernel(const TensorRow& row, int states) {
+  for (int i = 0; i < kMixedFloat32; ++i) {
+    const TypeCombo& types = kUsualTypes[i];
+    const auto fits = [&](const Operand& state) { return state.type == types.state; };
+    if (types.param == row.param.type && types.grad == row.grad.type &&
+        (states == 0 ? fits(row.param) : std::all_of(row.state, row.state + states, fits))) {
       return i;
     }
   }
-  return -1;
+  return computes_in_float64(row) ? kMixedFloat64 : kMixedFloat32;
 }
 
 constexpr const char* name_of(DType type) {

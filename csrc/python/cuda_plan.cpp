@@ -64,10 +64,6 @@ CudaPlan::~CudaPlan() {
   }
 }
 
-bool CudaPlan::serves(const TensorRow& row) const {
-  return cuda::serves(rule_index(), variant_of(row), row);
-}
-
 std::optional<Attention> CudaPlan::begin(const py::object& param_groups, const py::object& state) {
   reduced_ = false;
   return NativePlan::begin(param_groups, state);

@@ -21,9 +21,6 @@ class CudaPlan : public NativePlan {
   at::Tensor reduce(const at::Tensor& unscale) override;
   void apply(const at::Tensor& control) override;
 
- protected:
-  bool serves(const TensorRow& row) const override;
-
  private:
   // What a gradient scaler gives, as the kernels read it: a float32 tensor as it is, everything
   // else in double.

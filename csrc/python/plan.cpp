@@ -40,7 +40,7 @@ PyObject* step_of(PyObject* state) {
 
 // Stands for the address of a gradient without elements, which may have no memory: null would mean
 // that there is no gradient.
-const void* const kNowhere = reinterpret_cast<const void*>(16);
+void* const kNowhere = reinterpret_cast<void*>(16);
 
 Attention rebuild() {
   Attention attention;
@@ -78,10 +78,10 @@ void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
   const at::Tensor& tensor = *as_tensor(param.ptr());
   TensorRow& row = rows_[index];
   row.group = group;
-  row.param = tensor.mutable_data_ptr();
+  row.param = {tensor.mutable_data_ptr(), dtype_of(tensor).value()};
   // Until a gradient or a state is seen, it is taken to be like its parameter.
-  row.param_type = row.grad_type = dtype_of(tensor).value();
-  std::fill_n(row.state_type, kMaxStates, row.param_type);
+  row.grad.type = row.param.type;
+  std::fill_n(row.state, kMaxStates, Operand{nullptr, row.param.type});
   row.numel = tensor.numel();
   numel_ += row.numel;
   Slot& slot = slots_[index];
@@ -122,8 +122,7 @@ bool Plan::adopt_states(size_t index) {
     PyObject* const value = entry(slot.state, state_names_[i]);
     const at::Tensor* const tensor = value == nullptr ? nullptr : as_tensor(value);
     if (tensor == nullptr || !fits(*tensor, param)) return false;
-    row.state[slot.state_count] = tensor->mutable_data_ptr();
-    row.state_type[slot.state_count] = *dtype_of(*tensor);
+    row.state[slot.state_count] = {tensor->mutable_data_ptr(), *dtype_of(*tensor)};
     slot.dense =
         slot.dense && same_strides(*tensor->unsafeGetTensorImpl(), *param.unsafeGetTensorImpl());
     watched_.emplace_back(value, geometries_);
@@ -165,11 +164,11 @@ std::optional<Attention> Plan::begin(const py::object& param_groups, const py::o
       prefetch_storage(grad_of(i).unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
     }
     for (size_t i = first; i < last; ++i) {
-      rows_[i].grad = nullptr;
+      rows_[i].grad.data = nullptr;
       const at::Tensor& grad = grad_of(i);
       if (!grad.defined()) continue;
       if (!take_gradient(i, grad)) {
-        rows_[i].grad = nullptr;
+        rows_[i].grad.data = nullptr;
         foreign.push_back(i);
         continue;
       }
@@ -186,7 +185,7 @@ std::optional<Attention> Plan::begin(const py::object& param_groups, const py::o
     foreign.clear();
     for (size_t i = 0; i < slots_.size(); ++i) {
       if (grad_of(i).defined()) foreign.push_back(i);
-      rows_[i].grad = nullptr;
+      rows_[i].grad.data = nullptr;
     }
   }
   if (missing.empty() && foreign.empty()) return std::nullopt;
@@ -278,7 +277,7 @@ bool Plan::take_gradient(size_t index, const at::Tensor& grad) {
     if (!take_new_gradient(index, grad)) return false;
   }
   TensorRow& row = rows_[index];
-  row.grad = row.numel == 0 ? kNowhere : first_byte(impl);
+  row.grad.data = row.numel == 0 ? kNowhere : const_cast<void*>(first_byte(impl));
   return true;
 }
 
@@ -302,11 +301,10 @@ bool Plan::take_new_gradient(size_t index, const at::Tensor& grad) {
     }
     write_layout(operands, layout);
   }
-  if (row.grad_type != *type || layouts_[index] != layout) ++rows_version_;
-  row.grad_type = *type;
+  if (row.grad.type != *type || layouts_[index] != layout) ++rows_version_;
+  row.grad.type = *type;
   layouts_[index] = std::move(layout);
   row.layout = layouts_[index].empty() ? nullptr : layouts_[index].data();
-  if (!serves(row)) return false;
   slot.grad_geometry = geometries_.number_of(impl);
   return true;
 }

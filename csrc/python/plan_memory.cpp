@@ -38,7 +38,7 @@ void Plan::hold() {
   };
   for (const Watched& watched : watched_) keep(watched.tensor());
   for (size_t i = 0; i < rows_.size(); ++i) {
-    if (rows_[i].grad != nullptr) keep(grad_of(i));
+    if (rows_[i].grad.data != nullptr) keep(grad_of(i));
   }
   for (PyObject* const lr : groups_.device_lrs()) keep(*as_tensor(lr));
   is_held_ = true;
@@ -69,7 +69,7 @@ void Plan::bump_versions() const {
       if (k + kAhead < watched_.size()) {
         __builtin_prefetch(version_place(watched_[k + kAhead].impl()), 1);
       }
-      if (rows_[i].grad != nullptr) bump_version(watched_[k].impl());
+      if (rows_[i].grad.data != nullptr) bump_version(watched_[k].impl());
     }
   }
 }

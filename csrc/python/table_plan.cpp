@@ -50,19 +50,19 @@ py::tuple TablePlan::describe_row(size_t index) const {
   const TensorRow& row = Plan::rows()[index];
   const int variant = variant_of(row);
   py::list states, layout, types;
-  types.append(scalar_type_of(row.param_type));
-  types.append(scalar_type_of(row.grad_type));
+  types.append(scalar_type_of(row.param.type));
+  types.append(scalar_type_of(row.grad.type));
   for (const rules::StateName& name : all_rules().data[rule_index()].states) {
     if ((name.variant_bit & variant) != name.variant_bit) continue;
     const size_t k = states.size();
-    states.append(address_of(row.state[k]));
-    types.append(scalar_type_of(row.state_type[k]));
+    states.append(address_of(row.state[k].data));
+    types.append(scalar_type_of(row.state[k].type));
   }
   if (row.layout != nullptr) {
     const int64_t* const end = row.layout + Layout::words(Layout::ndim(row.layout));
     for (const int64_t* word = row.layout; word < end; ++word) layout.append(*word);
   }
-  return py::make_tuple(address_of(row.param), py::tuple(states), address_of(row.step),
+  return py::make_tuple(address_of(row.param.data), py::tuple(states), address_of(row.step),
                         scalar_type_of(row.step_type), py::tuple(layout), row.numel, row.group,
                         variant, py::tuple(types));
 }
@@ -80,7 +80,7 @@ std::pair<size_t, size_t> TablePlan::write(const py::buffer& words) {
     encode_group(group, to);
     to += kGroupWords;
   }
-  for (const size_t index : described_) *to++ = address_of(Plan::rows()[index].grad);
+  for (const size_t index : described_) *to++ = address_of(Plan::rows()[index].grad.data);
 
   int64_t* const held = static_cast<int64_t*>(info.ptr);
   const auto first = std::mismatch(wanted_.begin(), wanted_.end(), held).first - wanted_.begin();

@@ -24,7 +24,7 @@ GroupRow make_group(double lr) {
 
 Sgd make_problem(int tensors) {
   std::vector<TensorSpec> specs;
-  for (int i = 0; i < tensors; ++i) specs.push_back({10 + i, cuda::kTypeCombos[0], i % 2});
+  for (int i = 0; i < tensors; ++i) specs.push_back({10 + i, cuda::kUsualTypes[0], i % 2});
   Sgd problem(1, {make_group(0.1), make_group(0.2)}, specs, 128);
   problem.fill(1);
   return problem;
@@ -205,22 +205,12 @@ void test_errors() {
   step_reference(problem);
   problem.expect_same("errors: the plan still works");
 
-  TensorRow row = problem.rows[0];
-  row.grad_type = DType::kFloat64;
-  expect(!cuda::serves(kSgd, 1, row),
-         "errors: float64 gradients of float32 parameters are not served");
-  // Such a row stays as it is; the others go on.
-  problem.rows[1].state_type[0] = DType::kFloat16;
-  {
-    cuda::DevicePlan partial(kSgd, 0, problem.table(), device_memory, 0);
-    partial.update(problem.rows.data(), problem.groups.data(), 0);
-    partial.reduce({{}, 1.0, false, &control, nullptr}, 0);
-    partial.apply({{}, &control, true}, 0);
-    problem.set_grads([](size_t i) { return i != 1; });
-    problem.reference_control({.max_grad_norm = 1.0, .reduce = true});
-    problem.reference_update(control);
-    problem.expect_same("errors: beside a row that is not served");
-  }
+  Sgd mixed(1, {make_group(0.1)}, {{20, {DType::kBFloat16, DType::kFloat64}}}, 128);
+  cuda::DevicePlan plan_of_mixed(kSgd, 0, mixed.table(), device_memory, 0);
+  plan_of_mixed.update(mixed.rows.data(), mixed.groups.data(), 0);
+  emulation::fail_next_launch();
+  expect_text(error_of([&] { plan_of_mixed.apply({{}, &control, false}, 0); }),
+              {"launching the sgd kernel", "variant 1", "float32 arithmetic, mixed types"});
 
   emulation::set_driver(false);
   expect_text(cuda::unavailable(), {"no NVIDIA driver", "install"});
@@ -248,7 +238,7 @@ void test_nothing_to_do() {
     expect(control.skip == 0.0 && control.norm == 0.0 && control.clip == 1.0,
            "nothing to do: norm");
 
-    Sgd empty(1, {make_group(0.1)}, {{0, cuda::kTypeCombos[0]}}, 128);
+    Sgd empty(1, {make_group(0.1)}, {{0, cuda::kUsualTypes[0]}}, 128);
     cuda::DevicePlan empty_plan(kSgd, 1, empty.table(), device_memory, 0);
     step(empty_plan, empty, control);
     step(empty_plan, empty, control);

@@ -113,13 +113,13 @@ void test_streams() {
 
 // A step of a problem whose tensors are where kernels must not look.
 void test_kernels() {
-  Problem<rules::sgd> problem(0, {GroupRow{}}, {{10, cuda::kTypeCombos[0]}}, 64);
+  Problem<rules::sgd> problem(0, {GroupRow{}}, {{10, cuda::kUsualTypes[0]}}, 64);
   problem.fill(1);
   auto* const control = reinterpret_cast<StepControl*>(device_bytes(sizeof(StepControl)));
   auto* const tensors = device_bytes(1024);
   TensorRow& row = problem.rows[0];
-  row.param = tensors;
-  row.grad = tensors + 512;
+  row.param.data = tensors;
+  row.grad.data = tensors + 512;
   row.step = reinterpret_cast<float*>(tensors + 256);
   const auto step = [&] {
     cuda::DevicePlan plan(rule_index("sgd"), 0, problem.table(), device_memory, 0);
@@ -137,25 +137,25 @@ void test_kernels() {
     expect_violation(words, step);
     pointer = right;
   };
-  expect_wrong("host memory where device memory belongs as a parameter", row.param,
+  expect_wrong("host memory where device memory belongs as a parameter", row.param.data,
                static_cast<void*>(problem.tensors[0].mine[0].at(0)));
-  expect_wrong("host memory where device memory belongs as a gradient", row.grad,
-               static_cast<const void*>(problem.tensors[0].mine[1].at(0)));
-  expect_wrong("beyond the end of its block as a gradient", row.grad,
-               static_cast<const void*>(tensors + 1008));
+  expect_wrong("host memory where device memory belongs as a gradient", row.grad.data,
+               static_cast<void*>(problem.tensors[0].mine[1].at(0)));
+  expect_wrong("beyond the end of its block as a gradient", row.grad.data,
+               static_cast<void*>(tensors + 1008));
   double lr = 0.1;
   expect_wrong("as a learning rate", problem.groups[0].lr, static_cast<const void*>(&lr));
   cudaSetDevice(1);
   std::byte* const elsewhere = device_bytes(512);
   cudaSetDevice(0);
-  expect_wrong("memory of device 1 as a parameter", row.param, static_cast<void*>(elsewhere));
+  expect_wrong("memory of device 1 as a parameter", row.param.data, static_cast<void*>(elsewhere));
 
   // Memory of torch's that is released before a stream which nobody named gets there.
   void* const released = emulation::allocate(512, 0, nullptr);
   cudaStream_t side = make_stream();
   {
     cuda::DevicePlan plan(rule_index("sgd"), 0, problem.table(), device_memory, 0);
-    row.grad = released;
+    row.grad.data = released;
     plan.update(problem.rows.data(), problem.groups.data(),
                 reinterpret_cast<cuda::StreamHandle>(side));
     plan.apply({{}, control, false}, reinterpret_cast<cuda::StreamHandle>(side));

@@ -35,11 +35,9 @@ struct Problem {
     int64_t at = fenced;
     for (size_t t = 0; t < sizes.size(); ++t) {
       TensorRow row{};
-      row.param = &operands[0][at * width];
-      row.grad = &operands[1][at * width];
-      for (int k = 0; k < kMaxStates; ++k) row.state[k] = &operands[2 + k][at * width];
-      std::fill(row.state_type, row.state_type + kMaxStates, type);
-      row.param_type = row.grad_type = type;
+      row.param = {&operands[0][at * width], type};
+      row.grad = {&operands[1][at * width], type};
+      for (int k = 0; k < kMaxStates; ++k) row.state[k] = {&operands[2 + k][at * width], type};
       row.step = &steps[t];
       row.numel = sizes[t];
       rows.push_back(row);

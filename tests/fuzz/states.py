@@ -69,7 +69,7 @@ def move_state(world: World, rng: Random) -> None:
 def state_dtype(world: World, rng: Random) -> None:
     """Puts a state into another type; stock torch keeps its own, with the same numbers."""
     dtype = rng.choice(REALS)
-    if world.ours.optimizer.backend == "torch" or not world.ours.mixes:
+    if world.ours.optimizer.backend == "torch":
         return  # torch's rules refuse it
     for side, (entries, name) in zip(world.sides, _each_state(world, rng), strict=False):
         value = entries[name]

@@ -17,7 +17,7 @@ from table import LAYOUTS, Run, lay_out, random
 from torch import Tensor
 from torch.nn import Parameter
 
-from .judge import HALVES, Judge, assert_same
+from .judge import Judge, assert_same
 from .story import COMPLEX, REALS
 from .world import Side, World, values
 
@@ -29,11 +29,9 @@ PRESETS = (1.0, 8.0, 3.0, torch.tensor(0.3).item())
 BY_SCALER = ("torch", "unscaled", "fused")
 
 
-def takes_grads_in(side: Side, own: torch.dtype, other: torch.dtype) -> bool:
+def takes_other_grads(side: Side, own: torch.dtype) -> bool:
     """Whether gradients may have another type than the parameter; torch's rules refuse them."""
-    if side.optimizer.backend == "torch" or own in COMPLEX:
-        return False
-    return side.mixes or (own == torch.float32 and other in HALVES)
+    return side.optimizer.backend != "torch" and own not in COMPLEX
 
 
 def takes_sparse(side: Side, group: dict[str, Any], param: Tensor) -> bool:
@@ -67,7 +65,7 @@ def draw_grad(
     sparse = rng.random() < 0.3
     size = scale * rng.choice((1.0, 1.0, 1e-3, 30.0))
     extreme = rng.choice((1e12, 1e-12)) if rng.random() < 0.03 else 1.0
-    if not takes_grads_in(side, param.dtype, kind):
+    if not takes_other_grads(side, param.dtype):
         kind = param.dtype
     if kind == param.dtype and kind in (torch.float32, torch.float64):
         size *= extreme

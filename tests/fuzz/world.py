@@ -49,7 +49,6 @@ class Side:
     native: str = "torch"  # its own kernels
     threads: int = 1
     instructions: str | None = None
-    mixes: bool = True  # whether kernels take every combination of types, or only the common ones
     scalers: dict[str, torch.amp.GradScaler] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,8 +151,7 @@ class World:
         #: Checkpoints of every side, and the shapes that they are for.
         self.remembered: tuple[list[dict[str, Any]], list[list[torch.Size]]] | None = None
         optimizer = self.make_ours(self._groups(device_of(backend)), backend)
-        mixes = backend != "cuda"
-        self.ours = Side("ours", self.entry, optimizer, backend, mixes=mixes)
+        self.ours = Side("ours", self.entry, optimizer, backend)
         self.stock = Side("stock", self.entry, self.make_stock(self._groups("cpu")))
         self.twins = []
         if backend != "torch":
@@ -167,7 +165,6 @@ class World:
                 "cpu",
                 1 if same else story.threads,
                 sets[story.instructions % len(sets)],
-                mixes,
             )
             self.twins.append(twin)
 
@@ -184,7 +181,9 @@ class World:
 
     def make_ours(self, groups: list[dict[str, Any]], backend: str) -> torch.optim.Optimizer:
         """Returns one of ours with the settings of this moment; its group keys may be missing."""
-        optimizer = self.entry.fused(groups, backend=backend, **self.story.options, **self.settings)
+        # Torch's rules have other bits with foreach, which they take on GPUs by themselves.
+        options = {"foreach": False, **self.story.options, **self.settings}
+        optimizer = self.entry.fused(groups, backend=backend, **options)
         return leave_scaling_to_step(optimizer) if self.story.fused else optimizer
 
     def make_stock(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -26,6 +26,15 @@ struct dim3 {
 struct __attribute__((may_alias, aligned(16))) uint4 {
   unsigned x, y, z, w;
 };
+struct __attribute__((may_alias, aligned(8))) uint2 {
+  unsigned x, y;
+};
+struct __attribute__((may_alias)) uint1 {
+  unsigned x;
+};
+struct __attribute__((may_alias)) ushort1 {
+  unsigned short x;
+};
 
 inline dim3 threadIdx;
 inline dim3 blockIdx;

@@ -8,7 +8,7 @@ macro(fusedopt_emulated_objects target)
   add_library(${target} OBJECT EXCLUDE_FROM_ALL ${ARGN})
   target_include_directories(${target} BEFORE PRIVATE ${emulation_dir})
   target_link_libraries(${target} PRIVATE fusedopt_common)
-  # Not -O3: there are 80 kernels, and the tests wait for the compiler. A GPU faults on a misaligned 16-byte access; so does
+  # Not -O3: there are 100 kernels, and the tests wait for the compiler. A GPU faults on a misaligned 16-byte access; so does
   # the emulation.
   target_compile_options(
     ${target} PRIVATE -O1 -Wno-unknown-pragmas -fsanitize=alignment

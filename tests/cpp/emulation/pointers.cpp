@@ -37,11 +37,10 @@ class Check {
     }
     const TensorRow& row = table.tensors[index];
     memory("a counter", row.step, size_of(row.step_type));
-    operand("a parameter", row, 0, row.param, row.param_type);
-    operand("a gradient", row, 1, table.grads[index], row.grad_type);
+    operand("a parameter", row, 0, row.param);
+    operand("a gradient", row, 1, {const_cast<void*>(table.grads[index]), row.grad.type});
     for (int k = 0; k < kMaxStates; ++k) {
-      if (row.state[k] == nullptr) continue;
-      operand("a state", row, 2 + k, row.state[k], row.state_type[k]);
+      if (row.state[k].data != nullptr) operand("a state", row, 2 + k, row.state[k]);
     }
     if (!memory("the groups", table.groups + row.group, sizeof(GroupRow))) return;
     const GroupRow& group = table.groups[row.group];
@@ -51,7 +50,7 @@ class Check {
   const std::string& wrong() const { return wrong_; }
 
  private:
-  void operand(const char* name, const TensorRow& row, int which, const void* data, DType type) {
+  void operand(const char* name, const TensorRow& row, int which, const Operand& operand) {
     if (row.numel == 0) return;
     int64_t last = row.numel - 1;
     if (row.layout != nullptr) {
@@ -63,7 +62,7 @@ class Check {
         last += (Layout::sizes(row.layout)[d] - 1) * Layout::strides(row.layout, which)[d];
       }
     }
-    memory(name, data, (last + 1) * size_of(type));
+    memory(name, operand.data, (last + 1) * size_of(operand.type));
   }
 
   int device_;

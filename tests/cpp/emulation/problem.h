@@ -115,9 +115,23 @@ class Buffer {
   std::unique_ptr<std::byte, void (*)(void*)> memory_;
 };
 
+// Of parameter, gradient and states, the last one also of all further states.
+struct Types {
+  Types(const cuda::TypeCombo& usual) : all{usual.param, usual.grad, usual.state} {}
+  Types(std::initializer_list<DType> mixed) : all(mixed) {}
+  DType operator[](size_t operand) const { return all[std::min(operand, all.size() - 1)]; }
+  std::string text() const {
+    std::string names;
+    for (DType type : all) names.append(names.empty() ? "" : "/").append(cuda::name_of(type));
+    return names;
+  }
+
+  std::vector<DType> all;
+};
+
 struct TensorSpec {
   int64_t numel;
-  cuda::TypeCombo types;
+  Types types;
   int group = 0;
   std::vector<int> misalignments = {0};  // of param, grad, states; in turn
   std::vector<int64_t> layout = {};      // see core/table.h; empty: dense
@@ -132,12 +146,9 @@ struct Tensor {
     for (int operand = 0; operand < 2 + states; ++operand) {
       const int misalignment = spec.misalignments[operand % spec.misalignments.size()];
       const int64_t span = spec.numel == 0 ? 0 : offset(spec.numel - 1, operand) + 1;
-      mine.emplace_back(type(operand), span, misalignment);
-      reference.emplace_back(type(operand), span, misalignment);
+      mine.emplace_back(spec.types[operand], span, misalignment);
+      reference.emplace_back(spec.types[operand], span, misalignment);
     }
-  }
-  DType type(int operand) const {
-    return operand == 0 ? spec.types.param : operand == 1 ? spec.types.grad : spec.types.state;
   }
   // Strides are not negative, so that the last element stands at the largest offset.
   int64_t offset(int64_t index, int operand) const {
@@ -176,18 +187,16 @@ class Problem {
     for (const TensorSpec& spec : specs) {
       Tensor& tensor = tensors.emplace_back(spec, states_);
       TensorRow row{};
-      row.param = tensor.mine[0].at(0);
-      row.grad = tensor.mine[1].at(0);
-      for (int k = 0; k < states_; ++k) {
-        row.state[k] = tensor.mine[2 + k].at(0);
-        row.state_type[k] = spec.types.state;
-      }
+      const auto operand = [&](int index) -> Operand {
+        return {tensor.mine[index].at(0), spec.types[index]};
+      };
+      row.param = operand(0);
+      row.grad = operand(1);
+      for (int k = 0; k < states_; ++k) row.state[k] = operand(2 + k);
       row.step = &tensor.step;
       row.layout = tensor.spec.layout.empty() ? nullptr : tensor.spec.layout.data();
       row.numel = spec.numel;
       row.group = spec.group;
-      row.param_type = spec.types.param;
-      row.grad_type = spec.types.grad;
       for (int64_t begin = 0; begin < spec.numel; begin += piece_length) {
         const int64_t length = std::min<int64_t>(piece_length, spec.numel - begin);
         pieces_.push_back({begin, static_cast<int32_t>(length), static_cast<int32_t>(rows.size())});
@@ -220,7 +229,7 @@ class Problem {
   // Which tensors have a gradient.
   void set_grads(const auto& has_grad) {
     for (size_t i = 0; i < rows.size(); ++i) {
-      rows[i].grad = has_grad(i) ? tensors[i].mine[1].at(0) : nullptr;
+      rows[i].grad.data = has_grad(i) ? tensors[i].mine[1].at(0) : nullptr;
     }
   }
 
@@ -234,10 +243,9 @@ class Problem {
     if (request.reduce) {
       std::vector<double> totals(rows.size());
       for (size_t i = 0; i < rows.size(); ++i) {
-        if (rows[i].grad == nullptr) continue;
-        totals[i] = tensors[i].spec.types.param == DType::kFloat64
-                        ? reduce_tensor<double>(i, control, clips_[i])
-                        : reduce_tensor<float>(i, control, clips_[i]);
+        if (rows[i].grad.data == nullptr) continue;
+        totals[i] = computes_in_float64(rows[i]) ? reduce_tensor<double>(i, control, clips_[i])
+                                                 : reduce_tensor<float>(i, control, clips_[i]);
       }
       control.norm = std::sqrt(add_neighbours(totals.data(), totals.size()));
       if (request.max_grad_norm) {
@@ -254,9 +262,9 @@ class Problem {
   void reference_update(const StepControl& control) {
     if (control.skip != 0.0) return;
     for (size_t i = 0; i < rows.size(); ++i) {
-      if (rows[i].grad == nullptr) continue;
+      if (rows[i].grad.data == nullptr) continue;
       tensors[i].reference_step += 1.0f;
-      if (tensors[i].spec.types.param == DType::kFloat64) {
+      if (computes_in_float64(rows[i])) {
         update_tensor<double>(i, control, clips_[i]);
       } else {
         update_tensor<float>(i, control, clips_[i]);
@@ -287,7 +295,7 @@ class Problem {
  private:
   static bool same_value(const Tensor& tensor, size_t operand, int64_t at) {
     return memcmp(tensor.mine[operand].at(at), tensor.reference[operand].at(at),
-                  size_of(tensor.type(operand))) == 0;
+                  size_of(tensor.spec.types[operand])) == 0;
   }
 
   template <typename T>
