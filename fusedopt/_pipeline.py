@@ -187,6 +187,16 @@ class Pipeline:
             or (member.place in self._plain_places and member.param.grad is not None)
         ]
 
+        try:
+            self._check_plain(members, training)
+        except BaseException:
+            # What is refused now need not take the plain rule in the next step.
+            self._end()
+            self.reset()
+            raise
+        return members
+
+    def _check_plain(self, members: list[Member], training: Training) -> None:
         def name_of(param: Tensor) -> str:
             return next(_name_of(m, training) for m in members if m.param is param)
 
@@ -194,7 +204,6 @@ class Pipeline:
             for name in ("max_grad_norm_per_param", "max_grad_value"):
                 _control.check_limit(name, group.get(name), f"in param group {index}")
             checks.check(self._rule, training, group, name_of)
-        return members
 
     def _end(self) -> None:
         """Lets go of what the plans keep alive during a step."""

@@ -302,6 +302,21 @@ def test_finite_gradients_beyond_the_parameters_range():
 
 @OURS
 @BACKENDS
+def test_a_parameter_that_was_refused_is_a_kernels_again(entry, backend):
+    """What had it take the plain rule is gone with what was refused."""
+    run = run_fused(entry, make_params([(4, 3)], device=device_of(backend)), backend).steps(1)
+    (param,) = run.params
+    memory = param.data
+    param.data = memory[:1].clone().expand(param.shape)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        run.steps(1)
+    param.data = memory
+    run.steps(1)
+    assert run.optimizer.backend_of(param) == backend
+
+
+@OURS
+@BACKENDS
 def test_a_parameter_listed_twice_counts_once(entry, backend):
     """In the norm, as in clip_grad_norm_ over the model's parameters; it is updated twice."""
     device = device_of(backend)
