@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-UNSCALE, CLIP, NORM, NONFINITE, SKIP = range(5)
+ORDER = UNSCALE, CLIP, NORM, NONFINITE, SKIP = range(5)
 
 
 def check_limit(name: str, value: Any, where: str) -> None:
@@ -70,8 +70,8 @@ def _one_number(name: str, value: Any, device: torch.device) -> Tensor:
 
 def nothing(device: torch.device) -> torch.Tensor:
     """Returns the control tensor of a step that neither scales, clips nor skips."""
-    control = torch.zeros(5, dtype=torch.float64, device=device)
-    control[: CLIP + 1].fill_(1.0)
+    control = torch.zeros(len(ORDER), dtype=torch.float64, device=device)
+    control[UNSCALE] = control[CLIP] = 1.0
     return control
 
 
@@ -97,8 +97,7 @@ def settle(
         total = total + found.to(device)
     norm = total[0].sqrt()
     nonfinite = total[1] != 0
-    one = torch.ones_like(norm)
-    clip = one if max_grad_norm is None else clip_coefficient(norm, max_grad_norm)
+    clip = clip_coefficient(norm, math.inf if max_grad_norm is None else max_grad_norm)
     skip = nonfinite if skip_nonfinite else torch.zeros_like(nonfinite)
     if found_inf is not None:
         skip = skip | (_one_number("found_inf", found_inf, device) != 0)

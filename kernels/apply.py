@@ -19,15 +19,14 @@ from fusedopt.kernels.control import (
 )
 from fusedopt.kernels.numbers import load_raw, store_as
 from fusedopt.kernels.table import (
-    GROUP,
     GROUP_WORDS,
     LAYOUT,
     MAX_GRAD_VALUE,
-    PARAM,
-    PIECES,
-    STATE,
+    OPERAND_WORDS,
+    SPAN_WORDS,
     TENSOR_WORDS,
     arrive_last,
+    load_group,
     load_hyper,
     load_piece,
     load_step,
@@ -65,6 +64,7 @@ def _update_elements(
 @triton.jit(do_not_specialize=["first"])
 def apply_kernel(
     pieces_ptr,
+    spans_ptr,
     tensors_ptr,
     groups_ptr,
     grads_ptr,
@@ -110,7 +110,7 @@ def apply_kernel(
     row_ptr = tensors_ptr + tensor * TENSOR_WORDS
     grad_address = tl.load(grads_ptr + tensor)
     if (grad_address != 0) & (skip == 0):
-        group_ptr = groups_ptr + tl.load(row_ptr + GROUP) * GROUP_WORDS
+        group_ptr = groups_ptr + load_group(row_ptr) * GROUP_WORDS
         step = load_step(row_ptr)
         constants = CONSTANTS(load_hyper(group_ptr, HYPERS), step, T)
         if coefs_ptr is not None:
@@ -121,11 +121,11 @@ def apply_kernel(
         transform = (unscale.to(T), max_value.to(T), param_clip.to(T), clip.to(T))
 
         layout = tl.load(row_ptr + LAYOUT)
-        param_address = tl.load(row_ptr + PARAM)
+        param_address = tl.load(row_ptr)
         all_addresses = (param_address, grad_address)
         address_bits = param_address | grad_address
         for i in tl.static_range(2, len(TYPES)):
-            state_address = tl.load(row_ptr + STATE + i - 2)
+            state_address = tl.load(row_ptr + i * OPERAND_WORDS)
             all_addresses = all_addresses + (state_address,)
             address_bits = address_bits | state_address
         ptrs = ()
@@ -173,5 +173,5 @@ def apply_kernel(
                 done += EDGE
 
         # Every piece of the tensor reads the counter, so the last one to finish writes it.
-        if arrive_last(tickets_ptr + 1 + tensor, tl.load(row_ptr + PIECES)):
+        if arrive_last(tickets_ptr + 1 + tensor, tl.load(spans_ptr + tensor * SPAN_WORDS + 1)):
             store_step(row_ptr, step)

@@ -7,12 +7,13 @@ before the rule sees it. Used by the two generic kernels.
 import triton
 import triton.language as tl
 
-# The control block: five float64, csrc/core/table.h's StepControl.
-UNSCALE = tl.constexpr(0)
-CLIP = tl.constexpr(1)
-NORM = tl.constexpr(2)
-NONFINITE = tl.constexpr(3)
-SKIP = tl.constexpr(4)
+from fusedopt import _control
+
+UNSCALE = tl.constexpr(_control.UNSCALE)
+CLIP = tl.constexpr(_control.CLIP)
+NORM = tl.constexpr(_control.NORM)
+NONFINITE = tl.constexpr(_control.NONFINITE)
+SKIP = tl.constexpr(_control.SKIP)
 
 
 @triton.jit

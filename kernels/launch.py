@@ -1,7 +1,7 @@
 """The tables in device memory and the launches that read them.
 
-Everything between a plan's bookkeeping and the kernels. A plan describes the step as rows of
-addresses and numbers; nothing here knows parameters, groups or state dicts.
+A host plan (host_plan.py) describes the step as rows of addresses and numbers; nothing here knows
+parameters, groups or state dicts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import math
 from array import array
-from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,12 +26,12 @@ from fusedopt.kernels.pieces import (
     REDUCE_EDGE,
     THREADS,
     Launch,
-    Row,
-    describe,
+    cut,
     merge_for_reduce,
     piece_length,
 )
 from fusedopt.kernels.reduce import reduce_kernel
+from fusedopt.kernels.rows import Row, variant_of
 
 TYPES = {
     torch.float32: tl.float32,
@@ -41,7 +40,6 @@ TYPES = {
     torch.bfloat16: tl.bfloat16,
 }
 
-_TENSOR_WORDS = table.TENSOR_WORDS.value
 _GROUP_WORDS = table.GROUP_WORDS.value
 _SETTINGS_WORDS = table.SETTINGS_WORDS.value
 
@@ -99,8 +97,8 @@ class Tables:
     Args:
         rule: the rule's module.
         device: where everything is.
-        rows: what the kernels go through.
-        group_count: how many groups the rows refer to.
+        host: the host plan, which has begun a step.
+        group_count: how many groups it has.
         control: the plan's control block, kept as long as the tables: captured graphs write to it.
     """
 
@@ -108,40 +106,24 @@ class Tables:
         self,
         rule: ModuleType,
         device: torch.device,
-        rows: Sequence[Row],
+        host: Any,
         group_count: int,
         control: torch.Tensor,
     ) -> None:
         self._rule = rule
         self._device = device
         self._warps = _warps(device)
-        self._row_count = len(rows)
         self.control = control
         self.captured = capturing(device)
         self._known_stream = _stream(device)
         self._staged: list[torch.Tensor] = []
+        self._memory = [control]
         if self.captured:
             _captured.append(self)
 
-        words, launches, piece_count = describe(
-            rows, piece_length(sum(r.numel for r in rows), _processors(device))
-        )
-        self._apply_launches = [(each, self._apply_constants(each)) for each in launches]
-        self._reduce_launches = [
-            (each, self._reduce_constants(each)) for each in merge_for_reduce(launches)
-        ]
-        layouts = [word for row in rows for word in row.layout]
-        fixed = self._empty(len(words) + len(layouts), torch.int64)
-        # Layouts stand behind the rows and pieces; only now is it known where.
-        address = fixed.data_ptr() + 8 * len(words)
-        for index, row in enumerate(rows):
-            if row.layout:
-                words[index * _TENSOR_WORDS + table.LAYOUT.value] = address
-                address += 8 * len(row.layout)
-        self._send(fixed, _int64(words + layouts))
-        self._tensors = fixed
-        self._pieces = fixed[len(rows) * _TENSOR_WORDS :]
-
+        packed = host.rows(self._place(host.layouts()).data_ptr())
+        rows = list(Row.unpack(packed))
+        self._row_count = len(rows)
         # Groups, gradients, settings: what changes between steps, in this order.
         self._grads_at = group_count * _GROUP_WORDS
         # At a multiple of 16 bytes: Triton compiles once more for a pointer that is not.
@@ -149,18 +131,36 @@ class Tables:
         count = self._settings_at + _SETTINGS_WORDS
         self._words = array("q", bytes(8 * count))
         self._host = torch.frombuffer(self._words, dtype=torch.int64)
+        self._changed = (0, count)
+        self.take(host)
         self._limits = (math.inf, False)
         self._write_limits()
-        self._changed = (0, count)
-        self._current = self._empty(count, torch.int64)
-        self._groups = self._current[: self._grads_at]
-        self._grads = self._current[self._grads_at :]
+        self._current = self._zeros(count, torch.int64)
         self._settings = self._current[self._settings_at :].view(torch.float64)
+
+        variants = [variant_of(self._words, group) for group in range(group_count)]
+        operands = [2 + len(state_names(rule, variant)) for variant in variants]
+        pieces, spans, launches = cut(
+            [row._replace(types=row.types[: operands[row.group]]) for row in rows],
+            variants,
+            piece_length(sum(row.numel for row in rows if row.step), _processors(device)),
+        )
+        self._apply_launches = [(each, self._apply_constants(each)) for each in launches]
+        self._reduce_launches = [
+            (each, self._reduce_constants(each)) for each in merge_for_reduce(launches)
+        ]
+        self._filled_count = sum(count > 0 for count in spans[1::2])
+        # What both kernels read.
+        self._table = (
+            *map(self._place, (pieces, spans.tobytes(), packed)),
+            self._current,
+            self._current[self._grads_at :],
+        )
 
         self.sums = self._zeros(2, torch.float64)
         self._tickets = self._zeros(1 + len(rows), torch.int32)
         self._coefs = self._zeros(len(rows), torch.float64)
-        self._piece_pairs = self._zeros(2 * piece_count, torch.float64)
+        self._piece_pairs = self._zeros(2 * sum(each.count for each in launches), torch.float64)
         self._tensor_pairs = self._zeros(2 * len(rows), torch.float64)
 
     def _apply_constants(self, launch: Launch) -> dict[str, Any]:
@@ -189,11 +189,16 @@ class Tables:
             "enable_fp_fusion": False,
         }
 
-    def _empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(count, dtype=dtype, device=self._device)
-
     def _zeros(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(count, dtype=dtype, device=self._device)
+        self._memory.append(torch.zeros(count, dtype=dtype, device=self._device))
+        return self._memory[-1]
+
+    def _place(self, packed: bytes) -> torch.Tensor:
+        """A copy of structs on the device, as words."""
+        memory = self._zeros(len(packed) // 8, torch.int64)
+        if packed:
+            self._send(memory, torch.frombuffer(bytearray(packed), dtype=torch.int64))
+        return memory
 
     def _send(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies ``source`` to the device without waiting for it."""
@@ -216,16 +221,7 @@ class Tables:
         if stream is None or stream == self._known_stream:
             return
         self._known_stream = stream
-        for memory in (
-            self.control,
-            self._tensors,
-            self._current,
-            self.sums,
-            self._tickets,
-            self._coefs,
-            self._piece_pairs,
-            self._tensor_pairs,
-        ):
+        for memory in self._memory:
             memory.record_stream(stream)
 
     def _mark(self, begin: int, end: int) -> None:
@@ -237,18 +233,12 @@ class Tables:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no row: no pass would launch anything."""
-        return self._row_count == 0
+        """Whether no row has state: no pass would launch anything."""
+        return not self._apply_launches
 
-    def take(self, write: Callable[[array[int]], tuple[int, int]]) -> None:
-        """Lets books write groups and gradients.
-
-        Args:
-            write: called with words, brings up the first of them: the groups' rows as table.py has
-                them, then an address for each row, 0 where it takes no part in the step. Returns
-                the range that it changed.
-        """
-        self._mark(*write(self._words))
+    def take(self, host: Any) -> None:
+        """Lets the host plan bring groups and gradients up to the step that has begun."""
+        self._mark(*host.write(self._words))
 
     def set_settings(self, max_grad_norm: float, skip_nonfinite: bool) -> None:
         """Writes the global norm's limit (infinity: none) and whether to skip bad steps."""
@@ -284,10 +274,7 @@ class Tables:
         with _on(self._device):
             for launch, constants in self._reduce_launches:
                 reduce_kernel[(launch.count,)](
-                    self._pieces,
-                    self._tensors,
-                    self._groups,
-                    self._grads,
+                    *self._table,
                     self._settings,
                     self._tickets,
                     self._piece_pairs,
@@ -300,6 +287,7 @@ class Tables:
                     found_inf,
                     launch.first,
                     self._row_count,
+                    self._filled_count,
                     **constants,
                 )
 
@@ -322,10 +310,7 @@ class Tables:
             step = -1 if controlled else 1
             for launch, constants in self._apply_launches[::step]:
                 apply_kernel[(launch.count,)](
-                    self._pieces,
-                    self._tensors,
-                    self._groups,
-                    self._grads,
+                    *self._table,
                     self._tickets,
                     control,
                     self._coefs if clip_per_param else None,
@@ -335,10 +320,3 @@ class Tables:
                     CONTROLLED=controlled,
                     **constants,
                 )
-
-
-def _int64(words: Sequence[int]) -> torch.Tensor:
-    """The words as a tensor, several times faster than torch.tensor reads a list."""
-    if not words:
-        return torch.empty(0, dtype=torch.int64)
-    return torch.frombuffer(array("q", words), dtype=torch.int64)

@@ -5,12 +5,12 @@ Used by launch.py; numbers only, no memory.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from fusedopt.kernels import table
+from fusedopt.kernels.rows import PIECE, Row
 
 # 8 elements a thread: the fewest with which half types still move 16 bytes at a time. Few registers
 # a thread keep several programs on a multiprocessor, each with all its loads in flight, which is
@@ -36,26 +36,6 @@ MAX_PIECE = 32 * BLOCK
 PROGRAMS_PER_PROCESSOR = 32
 
 
-_TENSOR_WORDS = table.TENSOR_WORDS.value
-
-
-class Row(NamedTuple):
-    """One parameter: addresses, and what decides which launch serves it.
-
-    ``types`` are those of param, grad and states.
-    """
-
-    param: int
-    states: tuple[int, ...]
-    step: int
-    step_type: torch.dtype
-    layout: tuple[int, ...]
-    numel: int
-    group: int
-    variant: int
-    types: tuple[torch.dtype, ...]
-
-
 @dataclass
 class Launch:
     """A run of pieces that one kernel serves."""
@@ -77,41 +57,36 @@ def piece_length(numel: int, processors: int) -> int:
     return max(min(1 << max(wanted.bit_length() - 1, 0), MAX_PIECE), MIN_PIECE)
 
 
-def describe(rows: Sequence[Row], length: int) -> tuple[list[int], list[Launch], int]:
-    """The words of rows and pieces, the launches over the pieces, and how many pieces there are.
+def cut(
+    rows: Sequence[Row], variants: Sequence[int], length: int
+) -> tuple[bytes, array[int], list[Launch]]:
+    """Cuts rows into pieces and launches over them.
 
     Rows of the same types and variant share a launch; launches that read the same type of gradient
-    stand together.
+    stand together. What has no state yet is left out. ``variants`` are those of the groups.
+
+    Returns:
+        The pieces, the first and the number of those of each row, and the launches.
     """
-    words = [0] * (len(rows) * _TENSOR_WORDS)
-    pieces: list[int] = []
-    launches: list[Launch] = []
 
     def key(index: int) -> tuple[str, ...]:
         row = rows[index]
         compute = row.types[0] == torch.float64
-        return (str(row.types[1]), str(compute), *map(str, row.types), str(row.variant))
+        return (str(row.types[1]), str(compute), *map(str, row.types), str(variants[row.group]))
 
-    count = 0
-    for index in sorted(range(len(rows)), key=key):
+    pieces: list[bytes] = []
+    spans = array("q", bytes(16 * len(rows)))
+    launches: list[Launch] = []
+    for index in sorted((i for i, row in enumerate(rows) if row.step), key=key):
         row = rows[index]
-        if not launches or (launches[-1].types, launches[-1].variant) != (row.types, row.variant):
-            launches.append(Launch(row.types, row.variant, count, 0))
+        kind = row.types, variants[row.group]
+        if not launches or (launches[-1].types, launches[-1].variant) != kind:
+            launches.append(Launch(*kind, len(pieces), 0))
         begins = range(0, max(row.numel, 1), length)
-        at = index * _TENSOR_WORDS
-        words[at + table.PARAM.value] = row.param
-        for state, address in enumerate(row.states):
-            words[at + table.STATE.value + state] = address
-        words[at + table.STEP.value] = row.step
-        words[at + table.STEP_TYPE.value] = table.NUMBER_TYPES[row.step_type]
-        words[at + table.GROUP.value] = row.group
-        words[at + table.PIECES.value] = len(begins)
-        words[at + table.FIRST_PIECE.value] = count
-        for begin in begins:
-            pieces += (begin, min(length, row.numel - begin), index)
+        spans[2 * index], spans[2 * index + 1] = len(pieces), len(begins)
+        pieces += (PIECE.pack(at, min(length, row.numel - at), index) for at in begins)
         launches[-1].count += len(begins)
-        count += len(begins)
-    return words + pieces, launches, count
+    return b"".join(pieces), spans, launches
 
 
 def merge_for_reduce(launches: Sequence[Launch]) -> list[Launch]:

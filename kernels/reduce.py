@@ -20,17 +20,16 @@ from fusedopt.kernels.control import (
 )
 from fusedopt.kernels.numbers import load_raw
 from fusedopt.kernels.table import (
-    FIRST_PIECE,
-    GROUP,
     GROUP_WORDS,
     LAYOUT,
     MAX_GRAD_NORM,
     MAX_GRAD_NORM_PER_PARAM,
     MAX_GRAD_VALUE,
-    PIECES,
     SKIP_NONFINITE,
+    SPAN_WORDS,
     TENSOR_WORDS,
     arrive_last,
+    load_group,
     load_piece,
     operand_offsets,
 )
@@ -111,9 +110,10 @@ def _add_pairs(pairs_ptr, count, BLOCK: tl.constexpr):
     return total, tl.max(flags, axis=0)
 
 
-@triton.jit(do_not_specialize=["first", "tensor_count"])
+@triton.jit(do_not_specialize=["first", "tensor_count", "filled_count"])
 def reduce_kernel(
     pieces_ptr,
+    spans_ptr,
     tensors_ptr,
     groups_ptr,
     grads_ptr,
@@ -129,6 +129,7 @@ def reduce_kernel(
     found_inf_ptr,
     first,
     tensor_count,
+    filled_count,
     TYPE: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -139,14 +140,15 @@ def reduce_kernel(
     """Judges the gradients of the piece ``first`` + program; null gradients count as zeros.
 
     Writes a pair (sum of squares, non-finite) for every piece and for every tensor, each tensor's
-    clip coefficient, and, when the last of all ``tensor_count`` tensors is through, ``sums_ptr``:
-    the pair of all. With ``control_ptr`` it also writes the control block. A plan with several
-    types of gradients takes several launches; the last one sees the last tensor.
+    clip coefficient, and, when the last of the ``filled_count`` tensors with pieces is through,
+    ``sums_ptr``: the pair of all ``tensor_count``. With ``control_ptr`` it also writes the control
+    block. A plan with several types of gradients takes several launches; the last one sees the last
+    tensor.
     """
     piece = first + tl.program_id(0)
     begin, length, tensor = load_piece(pieces_ptr, piece)
     row_ptr = tensors_ptr + tensor * TENSOR_WORDS
-    group_ptr = groups_ptr + tl.load(row_ptr + GROUP) * GROUP_WORDS
+    group_ptr = groups_ptr + load_group(row_ptr) * GROUP_WORDS
     limits_ptr = group_ptr.to(tl.pointer_type(tl.float64))
     unscale = load_unscale(unscale_ptr, grad_scale_ptr)
     STRIPS: tl.constexpr = BLOCK // STRIP
@@ -215,11 +217,10 @@ def reduce_kernel(
     )
     tl.store(piece_pairs_ptr + piece * 2, _add_neighbours(nodes))
     tl.store(piece_pairs_ptr + piece * 2 + 1, found.to(tl.float64))
-    pieces = tl.load(row_ptr + PIECES)
+    first_piece = tl.load(spans_ptr + tensor * SPAN_WORDS)
+    pieces = tl.load(spans_ptr + tensor * SPAN_WORDS + 1)
     if arrive_last(tickets_ptr + 1 + tensor, pieces):
-        sum_squares, nonfinite = _add_pairs(
-            piece_pairs_ptr + tl.load(row_ptr + FIRST_PIECE) * 2, pieces, PAIRS
-        )
+        sum_squares, nonfinite = _add_pairs(piece_pairs_ptr + first_piece * 2, pieces, PAIRS)
         norm = tl.sqrt(sum_squares)
         max_norm = tl.load(limits_ptr + MAX_GRAD_NORM_PER_PARAM)
         coef = clip_coefficient(norm, max_norm)
@@ -230,7 +231,7 @@ def reduce_kernel(
         tl.store(tensor_pairs_ptr + tensor * 2, sum_squares)
         tl.store(tensor_pairs_ptr + tensor * 2 + 1, nonfinite)
 
-        if arrive_last(tickets_ptr, tensor_count):
+        if arrive_last(tickets_ptr, filled_count):
             sum_squares, nonfinite = _add_pairs(tensor_pairs_ptr, tensor_count, PAIRS)
             tl.store(sums_ptr, sum_squares)
             tl.store(sums_ptr + 1, nonfinite)

@@ -1,45 +1,36 @@
-"""The table that describes one optimizer's step to the kernels: int64 words in device memory.
+"""The table that describes one optimizer's step to the kernels, as csrc/core/table.h has it.
 
-csrc/core/table.h in Triton, written by launch.py, read by both kernels. Numbers that are not
-integers are float64 stored by their bits. Gradient pointers stand in a column of their own, because
-they are what changes from step to step.
+Its structs are read here as int64 words of device memory; rows.py packs them. Gradient pointers
+stand in a column of their own, because they are what changes from step to step.
 """
 
-import torch
 import triton
 import triton.language as tl
+from fusedopt.kernels import rows
 
-MAX_STATES = 4
-MAX_HYPER = 12
+# TensorRow: the operands (param, grad, states), each an address and a word with its number type;
+# the counter, the layout, and a word with the group's index in its lower half and the counter's
+# number type in the byte above.
+OPERAND_WORDS = tl.constexpr(2)
+STEP = tl.constexpr(OPERAND_WORDS.value * rows.OPERANDS)
+LAYOUT = tl.constexpr(STEP.value + 1)
+GROUP_AND_TYPE = tl.constexpr(STEP.value + 3)
+TENSOR_WORDS = tl.constexpr(rows.TENSOR.size // 8)
 
-# A tensor row: the parameter, MAX_STATES states, the counter, the layout (0: every operand is dense
-# in the same order), the group's index, the number of pieces, the index of the first, and the type
-# of the counter, as in NUMBER_TYPES.
-PARAM = tl.constexpr(0)
-STATE = tl.constexpr(1)
-STEP = tl.constexpr(5)
-LAYOUT = tl.constexpr(6)
-GROUP = tl.constexpr(7)
-PIECES = tl.constexpr(8)
-FIRST_PIECE = tl.constexpr(9)
-STEP_TYPE = tl.constexpr(10)
-TENSOR_WORDS = tl.constexpr(11)
+# GroupRow: the hyperparameters, the limits (infinity: none), the address of a learning rate on the
+# device (0: it is the first hyperparameter), and a word with its number type in the lowest byte.
+MAX_GRAD_VALUE = tl.constexpr(rows.MAX_HYPER)
+MAX_GRAD_NORM_PER_PARAM = tl.constexpr(rows.MAX_HYPER + 1)
+LR = tl.constexpr(rows.MAX_HYPER + 2)
+LR_TYPE = tl.constexpr(rows.MAX_HYPER + 3)
+GROUP_WORDS = tl.constexpr(rows.GROUP.size // 8)
 
-# A group row: MAX_HYPER hyperparameters, the limits (infinity: none), the address of a learning
-# rate on the device (0: it is the first hyperparameter) and its type, as in NUMBER_TYPES.
-MAX_GRAD_VALUE = tl.constexpr(12)
-MAX_GRAD_NORM_PER_PARAM = tl.constexpr(13)
-LR = tl.constexpr(14)
-LR_TYPE = tl.constexpr(15)
-GROUP_WORDS = tl.constexpr(16)
-NUMBER_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+# Piece: begin, then length and tensor, half a word each. An empty tensor has one empty piece, so
+# that its counter advances.
+PIECE_WORDS = tl.constexpr(rows.PIECE.size // 8)
 
-# A piece: a run of consecutive elements of one tensor, what one program works on. An empty tensor
-# has one empty piece, so that its counter advances.
-BEGIN = tl.constexpr(0)
-LENGTH = tl.constexpr(1)
-TENSOR = tl.constexpr(2)
-PIECE_WORDS = tl.constexpr(3)
+# Of the pieces of each tensor: the index of the first, and how many there are.
+SPAN_WORDS = tl.constexpr(2)
 
 # The settings of the step: the limit of the global norm (infinity: none), and 1 to skip steps with
 # non-finite gradients.
@@ -52,14 +43,26 @@ SETTINGS_WORDS = tl.constexpr(2)
 def load_piece(pieces_ptr, index):
     """(begin, length, tensor) of a piece."""
     ptr = pieces_ptr + index.to(tl.int64) * PIECE_WORDS
-    return tl.load(ptr + BEGIN), tl.load(ptr + LENGTH), tl.load(ptr + TENSOR)
+    halves = tl.load(ptr + 1)
+    return tl.load(ptr), halves & 0xFFFFFFFF, halves >> 32
+
+
+@triton.jit
+def load_group(row_ptr):
+    """The index of a row's group."""
+    return tl.load(row_ptr + GROUP_AND_TYPE) & 0xFFFFFFFF
+
+
+@triton.jit
+def _counts_in_float64(row_ptr):
+    return (tl.load(row_ptr + GROUP_AND_TYPE) >> 32) & 0xFF == 1
 
 
 @triton.jit
 def load_step(row_ptr):
     """The number of the step under way: the counter plus 1, added in the counter's own type."""
     address = tl.load(row_ptr + STEP)
-    if tl.load(row_ptr + STEP_TYPE) == 1:
+    if _counts_in_float64(row_ptr):
         step = tl.load(address.to(tl.pointer_type(tl.float64))) + 1.0
     else:
         step = (tl.load(address.to(tl.pointer_type(tl.float32))) + 1.0).to(tl.float64)
@@ -70,7 +73,7 @@ def load_step(row_ptr):
 def store_step(row_ptr, step):
     """Sets the counter to what ``load_step`` gave."""
     address = tl.load(row_ptr + STEP)
-    if tl.load(row_ptr + STEP_TYPE) == 1:
+    if _counts_in_float64(row_ptr):
         tl.store(address.to(tl.pointer_type(tl.float64)), step)
     else:
         tl.store(address.to(tl.pointer_type(tl.float32)), step.to(tl.float32))
@@ -86,7 +89,7 @@ def load_hyper(group_ptr, HYPERS: tl.constexpr):
     lr = tl.load(doubles_ptr)
     address = tl.load(group_ptr + LR)
     if address != 0:
-        lr_type = tl.load(group_ptr + LR_TYPE)
+        lr_type = tl.load(group_ptr + LR_TYPE) & 0xFF
         if lr_type == 0:
             lr = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
         elif lr_type == 1:

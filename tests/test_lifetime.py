@@ -36,18 +36,18 @@ SHAPES = ((5, 3), (7,), (4,))
 
 
 def kinds() -> list[str]:
-    """Every backend; Triton also with its bookkeeping in Python."""
+    """Every backend; Triton also without the extension."""
     found = list(backends())
     if "triton" in found and extension.unavailable() is None:
-        found.append("triton, books in Python")
+        found.append("triton, without the extension")
     return found
 
 
 @pytest.fixture
 def backend(request, monkeypatch):
     """The name of a backend, prepared."""
-    name, _, books = request.param.partition(", ")
-    if books:
+    name, _, without = request.param.partition(", ")
+    if without:
         monkeypatch.setattr(extension, "unavailable", lambda: "this test does without")
     return name
 

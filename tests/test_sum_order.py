@@ -70,11 +70,13 @@ def wide_grads(params: list[Tensor], layout: str = "contiguous") -> list[Tensor]
     return grads
 
 
-def measure(backend: str, dtype: torch.dtype, layout: str = "contiguous", **limits) -> None:
+def measure(
+    backend: str, dtype: torch.dtype, layout: str = "contiguous", name: str = "SGD", **limits
+) -> None:
     """Takes a step and compares norm and coefficient with what they have to be."""
     scale = 3.0
     params = table.make_params(SHAPES, dtype, table.device_of(backend), layout)
-    optimizer = table.make_fused(table.TABLE["SGD"], params, backend, max_grad_norm=0.7, **limits)
+    optimizer = table.make_fused(table.TABLE[name], params, backend, max_grad_norm=0.7, **limits)
     grads = wide_grads(params, layout)
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         param.grad = None if index % 5 == 4 else grad
@@ -109,6 +111,13 @@ def test_memory_does_not_matter(backend, layout):
     """A lane is a place in the tensor, not in memory."""
     for dtype in (torch.float32, torch.bfloat16):
         measure(backend, dtype, layout)
+
+
+@BACKENDS
+def test_parameters_without_state_keep_their_place(backend):
+    """Those that never had a gradient are zeros among the sums."""
+    measure(backend, torch.float64, name="AdamW")
+    measure(backend, torch.float32, name="AdamW", max_grad_norm_per_param=0.3)
 
 
 @pytest.mark.parametrize("name", instruction_sets() if "cpu" in table.native_backends() else [])

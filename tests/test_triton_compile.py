@@ -33,6 +33,7 @@ TYPES = {
     "float32_grad_bfloat16": (F32, BF16, F32),
     "bfloat16_state_float32": (BF16, BF16, F32),
 }
+WORDS = ("pieces_ptr", "spans_ptr", "tensors_ptr", "groups_ptr", "grads_ptr")
 VARIANTS = [("adam", 1), ("sgd", 1), ("rmsprop", 3), ("adagrad", 0), ("adadelta", 0)]
 
 
@@ -54,7 +55,7 @@ def build_apply(rule, variant, types, target, controlled=True):
     """The apply kernel of a rule's variant: (stages, number of states)."""
     module = launch.load_rule(rule)
     states = len(launch.state_names(module, variant))
-    pointers = dict.fromkeys(("pieces_ptr", "tensors_ptr", "groups_ptr", "grads_ptr"), "*i64")
+    pointers = dict.fromkeys(WORDS, "*i64")
     pointers |= {"tickets_ptr": "*i32", "control_ptr": "*fp64", "first": "i32"}
     constants = {"coefs_ptr": None, "grad_scale_ptr": None, "found_inf_ptr": None}
     if controlled:
@@ -76,7 +77,7 @@ def build_apply(rule, variant, types, target, controlled=True):
 
 def build_reduce(dtype, target):
     """The reduce kernel for one type of gradients."""
-    pointers = dict.fromkeys(("pieces_ptr", "tensors_ptr", "groups_ptr", "grads_ptr"), "*i64")
+    pointers = dict.fromkeys(WORDS, "*i64")
     doubles = (
         "settings_ptr",
         "piece_pairs_ptr",
@@ -87,7 +88,7 @@ def build_reduce(dtype, target):
     )
     pointers |= dict.fromkeys(doubles, "*fp64")
     pointers |= {"tickets_ptr": "*i32", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32"}
-    pointers |= {"first": "i32", "tensor_count": "i32"}
+    pointers |= {"first": "i32", "tensor_count": "i32", "filled_count": "i32"}
     constants = {"unscale_ptr": None, "TYPE": dtype, "T": F64 if dtype == F64 else F32}
     constants |= {"BLOCK": pieces.REDUCE_BLOCK, "EDGE": pieces.REDUCE_EDGE}
     constants |= {"MAX_PIECE": pieces.MAX_PIECE, "PAIRS": pieces.PAIRS}

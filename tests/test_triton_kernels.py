@@ -23,9 +23,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton_tools
 from fusedopt.kernels import launch
-from fusedopt.kernels.groups import GroupRow
-from fusedopt.kernels.layout import layout_words
-from fusedopt.kernels.pieces import BLOCK, EDGE, Row
+from fusedopt.kernels.host_plan import layout_words
+from fusedopt.kernels.pieces import BLOCK, EDGE
+from fusedopt.kernels.rows import GroupRow, Row
 
 # Inputs hold inf, nan and numbers that overflow on purpose; masked lanes compute on zeros.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -137,10 +137,9 @@ class Problem:
             tuple(state.data_ptr() for state in self.states),
             self.counter.data_ptr(),
             self.counter.dtype,
-            self.layout,
+            0,
             self.param.numel(),
             self.group,
-            self.variant,
             tuple(operand.dtype for operand in self.operands),
         )
 
@@ -195,11 +194,11 @@ def hyper_of(rule, group):
 def make_tables(problems, groups=None, grads=None):
     """Tables over the problems, whose groups clip nothing unless given."""
     rule = problems[0].rule
-    groups = groups or [
-        GroupRow(hyper_of(rule, group), math.inf, math.inf, None) for group in range(2)
-    ]
+    groups = groups or [GroupRow(hyper_of(rule, group), math.inf, math.inf) for group in range(2)]
+    groups = [group._replace(variant=problems[0].variant) for group in groups]
     addresses = grads or [p.grad.data_ptr() for p in problems]
-    return triton_tools.make_tables(rule, [p.row() for p in problems], groups, addresses)
+    rows, layouts = [p.row() for p in problems], [p.layout for p in problems]
+    return triton_tools.make_tables(rule, rows, groups, addresses, layouts)
 
 
 def step_and_compare(
@@ -227,7 +226,7 @@ def test_rule_has_the_bits_of_cpp(cpp_rules, rule, variant, types):
     """
     torch.manual_seed(variant)
     problems = [Problem(rule, variant, n, types, group=i % 2) for i, n in enumerate(SIZES)]
-    groups = [GroupRow(hyper_of(rule, group), 30.0, math.inf, None) for group in range(2)]
+    groups = [GroupRow(hyper_of(rule, group), 30.0, math.inf) for group in range(2)]
     tables = make_tables(problems, groups)
     control = torch.tensor([0.7, 0.3, 0.0, 0.0, 0.0], dtype=F64)
     for _ in range(2):
@@ -375,8 +374,8 @@ def test_every_rounding_to_bfloat16():
     # - (-1)(-0).
     param = torch.zeros(len(grads), dtype=BF16)
     counter = torch.zeros(())
-    row = Row(param.data_ptr(), (), counter.data_ptr(), F32, (), len(grads), 0, 0, (BF16, F32))
-    group = GroupRow((-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), math.inf, math.inf, None)
+    row = Row(param.data_ptr(), (), counter.data_ptr(), F32, 0, len(grads), 0, (BF16, F32))
+    group = GroupRow((-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), math.inf, math.inf)
     tables = triton_tools.make_tables("sgd", [row], [group], [grads.data_ptr()])
     tables.apply(tables.control, controlled=False)
     assert_same_bits(param, (0.0 + grads).to(BF16))

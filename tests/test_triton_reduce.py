@@ -19,9 +19,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton_tools
 from fusedopt.kernels import launch
-from fusedopt.kernels.groups import GroupRow
-from fusedopt.kernels.layout import layout_words
-from fusedopt.kernels.pieces import BLOCK, MIN_PIECE, Row
+from fusedopt.kernels.host_plan import layout_words
+from fusedopt.kernels.pieces import BLOCK, MIN_PIECE
+from fusedopt.kernels.rows import GroupRow, Row
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -37,21 +37,20 @@ def make_tables(
         Row(
             0,
             (),
-            0,
+            8,  # never read
             F32,
-            layouts[i] if layouts else (),
+            0,
             grad.numel(),
             groups[i] if groups else 0,
-            0,
             (param_type, grad.dtype),
         )
         for i, (grad, param_type) in enumerate(
             zip(grads, param_types or [F32] * len(grads), strict=True)
         )
     ]
-    rows_of_groups = [GroupRow((0.0,) * 7, value, norm, None) for value, norm in limits]
+    rows_of_groups = [GroupRow((0.0,) * 7, value, norm) for value, norm in limits]
     addresses = [0 if i in missing else grad.data_ptr() for i, grad in enumerate(grads)]
-    tables = triton_tools.make_tables("sgd", rows, rows_of_groups, addresses)
+    tables = triton_tools.make_tables("sgd", rows, rows_of_groups, addresses, layouts)
     tables.kept = grads  # addresses alone keep nothing alive
     return tables
 
@@ -149,7 +148,7 @@ def test_missing_gradients_count_as_zeros():
     tables = make_tables([torch.ones(5), torch.full((2 * BLOCK,), math.nan)], missing=(1,))
     tables.reduce(control=tables.control, found_inf=torch.tensor(3.0))
     assert tables.control.tolist() == [1.0, 1.0, math.sqrt(5.0), 0.0, 1.0]
-    triton_tools.feed(tables, [GroupRow((0.0,) * 7, INF, INF, None)], [0, 0])
+    tables.take(triton_tools.host_of([GroupRow((0.0,) * 7, INF, INF)], [0, 0]))
     tables.reduce(control=tables.control)
     assert tables.control.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
 

@@ -5,36 +5,52 @@ Importing this imports Triton.
 
 import copy
 from array import array
+from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fusedopt.kernels import launch
-from fusedopt.kernels.live import bring_up, encode_groups
 
 from fusedopt.backends import extension
 from fusedopt.backends.triton import make_plan
 
 
-def use_books(kind, monkeypatch):
-    """Makes plans over the books of the "extension", or over those in "python"."""
+def use_host(kind, monkeypatch):
+    """Makes host plans of the "extension", or those in "python"."""
     if kind == "python":
         monkeypatch.setattr(extension, "unavailable", lambda: "this test does without")
     elif (reason := extension.unavailable()) is not None:
         pytest.skip(reason)
 
 
-def make_tables(rule, rows, groups, addresses):
-    """Tables on the CPU over rows, with GroupRows and the addresses of gradients."""
+def make_tables(rule, rows, groups, addresses, layouts=None):
+    """Tables on the CPU over rows, their layouts, GroupRows and the addresses of gradients."""
+    layouts = layouts or [()] * len(rows)
+
+    def place(address):
+        packed = b""
+        for row, layout in zip(rows, layouts, strict=True):
+            packed += row._replace(layout=address if layout else 0).pack()
+            address += 8 * len(layout)
+        return packed
+
+    host = host_of(groups, addresses)
+    host.layouts = lambda: array("q", chain.from_iterable(layouts)).tobytes()
+    host.rows = place
     control = torch.zeros(5, dtype=torch.float64)
-    tables = launch.Tables(launch.load_rule(rule), torch.device("cpu"), rows, len(groups), control)
-    feed(tables, groups, addresses)
-    return tables
+    return launch.Tables(launch.load_rule(rule), torch.device("cpu"), host, len(groups), control)
 
 
-def feed(tables, groups, addresses):
-    """Writes what changes from step to step."""
-    wanted = encode_groups(groups) + array("q", addresses)
-    tables.take(lambda words: bring_up(words, wanted))
+def host_of(groups, addresses):
+    """A host plan of a step that has begun, for `Tables.take`."""
+    wanted = array("q", b"".join(group.pack() for group in groups)) + array("q", addresses)
+
+    def write(words):
+        words[: len(wanted)] = wanted
+        return 0, len(wanted)
+
+    return SimpleNamespace(write=write)
 
 
 SHAPES = [(3, 5), (70,), (0,), (), (1100,)]

@@ -26,7 +26,7 @@ struct TensorRow {
   Operand param;
   Operand grad;  // only read
   Operand state[kMaxStates];
-  void* step;             // 0-dim counter of applied steps, of step_type
+  void* step;  // 0-dim counter of applied steps, of step_type; null: the state does not exist yet
   const int64_t* layout;  // null: every operand is dense in the same order; else see Layout
   int64_t numel;
   int32_t group;
@@ -97,6 +97,7 @@ struct StepControl {
   double nonfinite;  // 1 when any raw gradient element is inf or nan
   double skip;       // 1: the apply pass leaves everything as it is
 };
+constexpr int kControlNumbers = sizeof(StepControl) / sizeof(double);
 
 struct Table {
   const TensorRow* tensors;

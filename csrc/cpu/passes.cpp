@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cfenv>
-#include <cmath>
 
 #include "core/control.h"
 #include "core/sum_order.h"
@@ -47,21 +46,12 @@ void for_each_task(const Job& job, int threads, PieceLoop loop) {
   }
 }
 
-template <typename Predicate>
-bool any_group(const Table& table, Predicate predicate) {
-  return std::any_of(table.groups, table.groups + table.group_count, predicate);
-}
-
-bool clips_by_param(const Table& table) {
-  return any_group(table, [](const GroupRow& g) { return g.max_grad_norm_per_param != INFINITY; });
-}
-
 }  // namespace
 
-double reduce(Job& job, std::vector<double>& param_clips, int threads) {
+Partial reduce(Job& job, std::vector<double>& param_clips, int threads) {
   for_each_task(job, threads, current_instruction_set().reduce);
   const Table& table = job.table;
-  const bool clips = clips_by_param(table);
+  const bool clips = clips_by_param(table.groups, table.group_count);
   param_clips.assign(clips ? table.tensor_count : 0, 1.0);
   job.param_clips = clips ? param_clips.data() : nullptr;
 
@@ -78,31 +68,19 @@ double reduce(Job& job, std::vector<double>& param_clips, int threads) {
       sums.push_back(job.partials[i].sum_squares);
       nonfinite |= job.partials[i].nonfinite;
     }
-    double& total = totals[tensor] = add_neighbours(sums.data(), sums.size());
-    const double max_norm = table.groups[row.group].max_grad_norm_per_param;
-    if (max_norm == INFINITY) continue;
-    const double norm = std::sqrt(total);
-    param_clips[tensor] = clip_coefficient(norm, max_norm);
-    total = (norm * param_clips[tensor]) * (norm * param_clips[tensor]);
+    const ParamClip clip = clip_by_param(add_neighbours(sums.data(), sums.size()),
+                                         table.groups[row.group].max_grad_norm_per_param);
+    totals[tensor] = clip.sum_squares;
+    if (clips) param_clips[tensor] = clip.coefficient;
   }
-  job.control.nonfinite = nonfinite != 0 ? 1.0 : 0.0;
-  return add_neighbours(totals.data(), table.tensor_count);
-}
-
-void settle(StepControl& control, double sum_squares, const StepInputs& inputs) {
-  control.norm = std::sqrt(sum_squares);
-  control.clip =
-      inputs.max_grad_norm >= 0.0 ? clip_coefficient(control.norm, inputs.max_grad_norm) : 1.0;
-  const bool skip = inputs.found_inf || (inputs.skip_nonfinite && control.nonfinite != 0.0);
-  control.skip = skip ? 1.0 : 0.0;
+  return {add_neighbours(totals.data(), table.tensor_count), nonfinite};
 }
 
 void apply(Job& job, size_t rule, int threads) {
   if (job.control.skip != 0.0) return;
   const Table& table = job.table;
   job.transforms = job.control.unscale != 1.0 || job.control.clip != 1.0 ||
-                   job.param_clips != nullptr ||
-                   any_group(table, [](const GroupRow& g) { return g.max_grad_value != INFINITY; });
+                   job.param_clips != nullptr || clips_by_value(table.groups, table.group_count);
   for_each_task(job, threads, current_instruction_set().apply[rule]);
   for (int64_t i = 0; i < table.tensor_count; ++i) {
     if (table.tensors[i].grad.data != nullptr) advance_step(table.tensors[i]);

@@ -9,21 +9,10 @@
 
 namespace fusedopt::cpu {
 
-// What a step asks of the reduce pass and of the numbers it leaves.
-struct StepInputs {
-  double unscale;        // 1 / loss scale
-  double max_grad_norm;  // infinity: measure only; negative: no global norm
-  bool found_inf;        // somebody else already found inf or nan
-  bool skip_nonfinite;
-};
-
-// Reads every gradient once. Fills job.partials, job.param_clips (by tensor; left null when no
-// group clips by parameter), and control.nonfinite; returns the sum of the squared norms of all
-// gradients after unscaling and the clips by value and parameter.
-double reduce(Job& job, std::vector<double>& param_clips, int threads);
-
-// Settles clip, norm and skip from the sum that `reduce` (of one or several plans) found.
-void settle(StepControl& control, double sum_squares, const StepInputs& inputs);
+// Reads every gradient once, under control.unscale. Fills job.partials and job.param_clips (by
+// tensor; left null when no group clips by parameter); returns what it found in all of them, after
+// the clips by value and parameter.
+Partial reduce(Job& job, std::vector<double>& param_clips, int threads);
 
 // Updates every row with a gradient, then adds 1 to its counter; nothing at all when control.skip
 // is set.

@@ -51,7 +51,7 @@ using Allocate = std::function<Memory(size_t)>;
 
 struct ReduceRequest {
   StepInputs inputs;
-  double max_grad_norm;  // infinity: measure only; negative: no global norm
+  double max_grad_norm;  // infinity: only measure
   bool skip_nonfinite;
   StepControl* control;  // on the device, written; or null
   double* totals;  // on the device, written: sum over tensors of (norm x coefficient)^2, nonfinite;

@@ -2,26 +2,21 @@
 #include "cuda/live_table.h"
 
 #include <algorithm>
-#include <cstring>
+#include <tuple>
 
 namespace fusedopt::cuda {
 
 LiveTable::LiveTable(const Table& table)
-    : grads_at_(table.group_count * kGroupWords),
+    : group_count_(table.group_count),
+      grads_at_(group_count_ * kGroupWords),
       wanted_(grads_at_ + table.tensor_count),
-      uploaded_(fill(table.tensors, table.groups)),
-      staging_(uploaded_.size() * sizeof(int64_t)) {}
-
-const std::vector<int64_t>& LiveTable::fill(const TensorRow* tensors, const GroupRow* groups) {
-  if (grads_at_ > 0) memcpy(wanted_.data(), groups, grads_at_ * sizeof(int64_t));
-  for (size_t i = grads_at_; i < wanted_.size(); ++i) {
-    wanted_[i] = reinterpret_cast<int64_t>(tensors[i - grads_at_].grad.data);
-  }
-  return wanted_;
+      staging_(wanted_.size() * sizeof(int64_t)) {
+  write_step_words(table.groups, group_count_, table.tensors, wanted_);
+  uploaded_ = wanted_;
 }
 
 bool LiveTable::update(const TensorRow* tensors, const GroupRow* groups, cudaStream_t stream) {
-  fill(tensors, groups);
+  write_step_words(groups, group_count_, tensors, wanted_);
   if (is_capturing(stream)) {
     if (wanted_.empty()) return true;
     const size_t size = wanted_.size() * sizeof(int64_t);
@@ -34,12 +29,8 @@ bool LiveTable::update(const TensorRow* tensors, const GroupRow* groups, cudaStr
   current_ = home_;
   size_t first = 0;
   size_t last = wanted_.size();
-  if (!uncertain_) {
-    first =
-        std::mismatch(wanted_.begin(), wanted_.end(), uploaded_.begin()).first - wanted_.begin();
-    if (first == last) return false;
-    while (wanted_[last - 1] == uploaded_[last - 1]) --last;
-  }
+  if (!uncertain_) std::tie(first, last) = difference(wanted_, uploaded_.data());
+  if (first == last) return false;
   uncertain_ = true;
   staging_.copy(&wanted_[first], home_ + first, (last - first) * sizeof(int64_t), stream);
   std::copy(wanted_.begin() + first, wanted_.begin() + last, uploaded_.begin() + first);

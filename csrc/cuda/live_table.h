@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "core/step_words.h"
 #include "cuda/staging.h"
 
 namespace fusedopt::cuda {
@@ -32,14 +33,7 @@ class LiveTable {
   bool has_grad(int32_t row) const { return wanted_[grads_at_ + row] != 0; }
 
  private:
-  // Words: groups and pointers are compared and sent as such.
-  static constexpr size_t kGroupWords = sizeof(GroupRow) / sizeof(int64_t);
-  static_assert(kGroupWords * sizeof(int64_t) == sizeof(GroupRow));
-  static_assert(sizeof(void*) == sizeof(int64_t));
-
-  // Puts a step's values into `wanted_`.
-  const std::vector<int64_t>& fill(const TensorRow* tensors, const GroupRow* groups);
-
+  size_t group_count_;
   size_t grads_at_;                // the group rows stand first
   std::vector<int64_t> wanted_;    // this step's values
   std::vector<int64_t> uploaded_;  // what stands at `home_`, or will once the stream gets there

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "core/control.h"
+#include "core/layouts.h"
 #include "cuda/image.h"
 #include "cuda/launches.h"
 #include "cuda/live_table.h"
@@ -20,16 +22,6 @@ ReduceKernel reduce_kernel_of(const Table& table) {
       }));
 }
 
-// The layouts of all rows, one behind the other.
-std::vector<int64_t> collect_layouts(const Table& table) {
-  std::vector<int64_t> words;
-  for (const TensorRow* row = table.tensors; row < table.tensors + table.tensor_count; ++row) {
-    if (row->layout == nullptr) continue;
-    words.insert(words.end(), row->layout, row->layout + Layout::words(Layout::ndim(row->layout)));
-  }
-  return words;
-}
-
 }  // namespace
 
 class DevicePlan::Impl {
@@ -38,8 +30,7 @@ class DevicePlan::Impl {
       : Impl(cut_launches(rule, table), table, allocate, stream) {}
 
   bool update(const TensorRow* tensors, const GroupRow* groups, cudaStream_t stream) {
-    clamps_ = std::any_of(groups, groups + group_count_,
-                          [](const GroupRow& group) { return group.max_grad_value != INFINITY; });
+    clamps_ = clips_by_value(groups, group_count_);
     const bool captured = live_.update(tensors, groups, stream);
     if (captured) keep_memory();
     return captured;
@@ -76,7 +67,8 @@ class DevicePlan::Impl {
       record = nullptr;
     }
     // Without any gradient nothing was launched; the control block is written all the same.
-    if (record != nullptr) launch_reduce({request.inputs, -1.0, false, record, nullptr}, 0, stream);
+    if (record != nullptr)
+      launch_reduce({request.inputs, INFINITY, false, record, nullptr}, 0, stream);
   }
 
  private:
@@ -102,7 +94,7 @@ class DevicePlan::Impl {
   void send(const Launches& cut, const Table& table, const Allocate& allocate,
             cudaStream_t stream) {
     Image image;
-    const size_t layouts = image.add(collect_layouts(table));
+    const size_t layouts = image.add(collect_layouts(table.tensors, table.tensor_count));
     const size_t tensors = image.add(std::vector(table.tensors, table.tensors + tensor_count_));
     const size_t live = image.add(live_.values());
     const size_t rows = image.add(host_rows_);
@@ -117,7 +109,7 @@ class DevicePlan::Impl {
     const bool capturing = is_capturing(stream);
     memory_ = capturing ? allocate_during_capture(image.size()) : allocate(image.size());
     std::byte* const base = memory_.get();
-    point_to_layouts(reinterpret_cast<TensorRow*>(image.data() + tensors),
+    point_to_layouts(reinterpret_cast<TensorRow*>(image.data() + tensors), tensor_count_,
                      reinterpret_cast<const int64_t*>(base + layouts));
     if (capturing) {
       copy_during_capture(base, image.data(), image.size());
@@ -137,16 +129,6 @@ class DevicePlan::Impl {
     tensor_totals_ = reinterpret_cast<Partial*>(base + tensor_totals);
     clips_ = reinterpret_cast<double*>(base + clips);
     tickets_ = reinterpret_cast<uint32_t*>(base + tickets);
-  }
-
-  // Lets the rows find their layouts where the device has what collect_layouts gathered.
-  void point_to_layouts(TensorRow* rows, const int64_t* layouts) const {
-    for (TensorRow* row = rows; row < rows + tensor_count_; ++row) {
-      if (row->layout == nullptr) continue;
-      const int64_t words = Layout::words(Layout::ndim(row->layout));
-      row->layout = layouts;
-      layouts += words;
-    }
   }
 
   void launch_reduce(const ReduceRequest& request, int64_t pieces, cudaStream_t stream) {

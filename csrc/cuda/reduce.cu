@@ -93,15 +93,9 @@ FUSEDOPT_DEVICE Found add_partials(const Partial* partials, int64_t count, Parti
 // Leaves the tensor's clip coefficient, and its part in the total.
 FUSEDOPT_DEVICE void finish_tensor(const ReduceParams& params, int32_t tensor, const Found& found) {
   const GroupRow& group = params.table.groups[params.table.tensors[tensor].group];
-  double clip = 1.0;
-  double sum_squares = found.sum_squares;
-  if (group.max_grad_norm_per_param != INFINITY) {
-    const double norm = sqrt(sum_squares);
-    clip = clip_coefficient(norm, group.max_grad_norm_per_param);
-    sum_squares = (norm * clip) * (norm * clip);
-  }
-  params.clips[tensor] = clip;
-  params.tensor_totals[tensor] = Partial{sum_squares, found.nonfinite};
+  const ParamClip clip = clip_by_param(found.sum_squares, group.max_grad_norm_per_param);
+  params.clips[tensor] = clip.coefficient;
+  params.tensor_totals[tensor] = Partial{clip.sum_squares, found.nonfinite};
 }
 
 FUSEDOPT_DEVICE void finish_step(const ReduceParams& params, const Found& found) {
@@ -110,13 +104,8 @@ FUSEDOPT_DEVICE void finish_step(const ReduceParams& params, const Found& found)
     params.totals[1] = found.nonfinite != 0 ? 1.0 : 0.0;
   }
   if (params.control != nullptr) {
-    const double norm = sqrt(found.sum_squares);
-    const bool nonfinite = found.nonfinite != 0;
-    const bool skip = found_inf(params.inputs) || (params.skip_nonfinite && nonfinite);
-    *params.control = StepControl{
-        read_unscale(params.inputs),
-        params.max_grad_norm >= 0.0 ? clip_coefficient(norm, params.max_grad_norm) : 1.0, norm,
-        nonfinite ? 1.0 : 0.0, skip ? 1.0 : 0.0};
+    *params.control = settle(read_unscale(params.inputs), found.sum_squares, found.nonfinite != 0,
+                             found_inf(params.inputs), params.max_grad_norm, params.skip_nonfinite);
   }
 }
 

@@ -5,10 +5,10 @@
 
 #include <cmath>
 
+#include "core/control.h"
+
 namespace fusedopt {
 namespace {
-
-static_assert(sizeof(StepControl) == 5 * sizeof(double));
 
 // A step over so many elements or fewer keeps the interpreter's lock: it takes a millisecond, a
 // fraction of the interval in which Python switches threads anyway (5 ms), and spares it the
@@ -26,7 +26,7 @@ CpuPlan::CpuPlan(const std::string& rule, const py::list& slots, const py::objec
     : NativePlan(rule, at::kCPU, slots, param_groups, state, cpu::kPieceLength),
       tasks_(cpu::cut_tasks(pieces())),
       partials_(pieces().size()) {
-  control_ = at::zeros({5}, at::kDouble);
+  control_ = at::zeros({kControlNumbers}, at::kDouble);
 }
 
 cpu::Job CpuPlan::make_job() {
@@ -42,19 +42,17 @@ cpu::Job CpuPlan::make_job() {
 std::optional<Attention> CpuPlan::step(const py::object& param_groups, const py::object& state,
                                        const py::object& grad_scale, const py::object& found_inf,
                                        std::optional<double> max_grad_norm, bool skip_nonfinite) {
-  cpu::StepInputs inputs{};
-  inputs.unscale = grad_scale.is_none() ? 1.0 : 1.0 / to_double(grad_scale.ptr(), "grad_scale");
-  inputs.found_inf = !found_inf.is_none() && to_double(found_inf.ptr(), "found_inf") != 0.0;
-  inputs.max_grad_norm = max_grad_norm.value_or(-1.0);
-  inputs.skip_nonfinite = skip_nonfinite;
+  const double unscale =
+      grad_scale.is_none() ? 1.0 : 1.0 / to_double(grad_scale.ptr(), "grad_scale");
+  const bool skips = !found_inf.is_none() && to_double(found_inf.ptr(), "found_inf") != 0.0;
   if (auto attention = begin(param_groups, state)) return attention;
 
   cpu::Job job = make_job();
-  job.control.unscale = inputs.unscale;
+  job.control.unscale = unscale;
   const bool reduces = needs_reduce(max_grad_norm, skip_nonfinite);
   const int threads = at::get_num_threads();
   // Right after `begin` where nothing can come between: what it needs is in the caches.
-  const bool applies = !skip_nonfinite && !inputs.found_inf;
+  const bool applies = !skip_nonfinite && !skips;
   if (applies) bump_versions();
   std::optional<Held> held;
   {
@@ -63,8 +61,9 @@ std::optional<Attention> CpuPlan::step(const py::object& param_groups, const py:
       held.emplace(*this);
       unlocked.emplace();
     }
-    const double sum_squares = reduces ? cpu::reduce(job, param_clips_, threads) : 0.0;
-    cpu::settle(job.control, sum_squares, inputs);
+    const Partial found = reduces ? cpu::reduce(job, param_clips_, threads) : Partial{};
+    job.control = settle(unscale, found.sum_squares, found.nonfinite != 0, skips,
+                         max_grad_norm.value_or(INFINITY), skip_nonfinite);
     cpu::apply(job, rule_index(), threads);
   }
   if (!applies && job.control.skip == 0.0) bump_versions();
@@ -78,13 +77,13 @@ at::Tensor CpuPlan::reduce(const at::Tensor& unscale) {
   job.control.unscale = *unscale.const_data_ptr<double>();
   const int threads = at::get_num_threads();
   at::Tensor totals = at::zeros({2}, at::kDouble);
-  double sum_squares;
+  Partial found;
   {
     const py::gil_scoped_release unlocked;
-    sum_squares = cpu::reduce(job, param_clips_, threads);
+    found = cpu::reduce(job, param_clips_, threads);
   }
-  totals.mutable_data_ptr<double>()[0] = sum_squares;
-  totals.mutable_data_ptr<double>()[1] = job.control.nonfinite;
+  totals.mutable_data_ptr<double>()[0] = found.sum_squares;
+  totals.mutable_data_ptr<double>()[1] = found.nonfinite != 0 ? 1.0 : 0.0;
   return totals;
 }
 

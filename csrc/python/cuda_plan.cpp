@@ -6,6 +6,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <cmath>
 #include <mutex>
 
 #include "python/tensors.h"
@@ -51,7 +52,7 @@ CudaPlan::CudaPlan(const std::string& rule, int device, const py::list& slots,
                  piece_length(slots, device)),
       device_(cuda_device(device)),
       known_stream_(current_stream()) {
-  control_ = at::zeros({5}, at::TensorOptions(at::kDouble).device(device_));
+  control_ = at::zeros({kControlNumbers}, at::TensorOptions(at::kDouble).device(device_));
 }
 
 CudaPlan::~CudaPlan() {
@@ -155,8 +156,8 @@ std::optional<Attention> CudaPlan::step(const py::object& param_groups, const py
   const c10::DeviceGuard guard(device_);
   update(stream);
   if (reduces) {
-    device_plan_->reduce({inputs, max_grad_norm.value_or(-1.0), skip_nonfinite, control, nullptr},
-                         stream);
+    device_plan_->reduce(
+        {inputs, max_grad_norm.value_or(INFINITY), skip_nonfinite, control, nullptr}, stream);
   }
   device_plan_->apply({inputs, control, reduces, reduces}, stream);
   return std::nullopt;
@@ -170,7 +171,7 @@ at::Tensor CudaPlan::reduce(const at::Tensor& unscale) {
   const c10::DeviceGuard guard(device_);
   update(stream);
   device_plan_->reduce({{nullptr, unscale.const_data_ptr<double>(), nullptr},
-                        -1.0,
+                        INFINITY,
                         false,
                         nullptr,
                         totals.mutable_data_ptr<double>()},

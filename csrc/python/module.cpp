@@ -44,7 +44,8 @@ PYBIND11_MODULE(_C, module) {
                     const py::dict&>(),
            py::arg("rule"), py::arg("device"), py::arg("slots"), py::arg("param_groups"),
            py::arg("state"))
-      .def("rows", &TablePlan::rows)
+      .def("layouts", &TablePlan::layouts)
+      .def("rows", &TablePlan::rows, py::arg("layouts"))
       .def_property_readonly("rows_version", &TablePlan::rows_version)
       .def("write", &TablePlan::write, py::arg("words"))
       .def("bump_versions", &TablePlan::bump_versions)

@@ -4,8 +4,8 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
-#include <cmath>
 
+#include "core/control.h"
 #include "python/tensors.h"
 
 namespace fusedopt {
@@ -96,7 +96,7 @@ void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
   const at::Tensor* const steps = as_tensor(counter.ptr());
   slot.ready = has_states && steps != nullptr;
   if (steps == nullptr) return;
-  row.step = steps->mutable_data_ptr();
+  if (slot.ready) row.step = steps->mutable_data_ptr();
   row.step_type = dtype_of(*steps).value();
   if (step_of(slot.state) == counter.ptr()) {
     slot.step = counter.ptr();
@@ -312,9 +312,7 @@ bool Plan::take_new_gradient(size_t index, const at::Tensor& grad) {
 bool Plan::needs_reduce(std::optional<double> max_grad_norm, bool skip_nonfinite) const {
   const auto& groups = groups_.rows();
   return max_grad_norm.has_value() || skip_nonfinite ||
-         std::any_of(groups.begin(), groups.end(), [](const GroupRow& group) {
-           return group.max_grad_norm_per_param != INFINITY;
-         });
+         clips_by_param(groups.data(), static_cast<int64_t>(groups.size()));
 }
 
 void Plan::cut_pieces(int32_t piece_length) {

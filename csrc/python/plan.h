@@ -64,8 +64,6 @@ class Plan {
   // How often a row has changed in more than its gradient pointer: in the gradient's type or
   // layout.
   uint64_t rows_version() const { return rows_version_; }
-  // Whether the state of a row exists; without, the row describes no more than its parameter.
-  bool has_state(size_t index) const { return slots_[index].ready; }
   // How many elements all rows have.
   int64_t numel() const { return numel_; }
   // Tells autograd that this step wrote parameters and states. While the step is held, or before

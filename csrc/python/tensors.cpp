@@ -28,20 +28,6 @@ std::optional<DType> dtype_of(const at::Tensor& tensor) {
   }
 }
 
-at::ScalarType scalar_type_of(DType type) {
-  switch (type) {
-    case DType::kFloat32:
-      return at::kFloat;
-    case DType::kFloat64:
-      return at::kDouble;
-    case DType::kFloat16:
-      return at::kHalf;
-    case DType::kBFloat16:
-      return at::kBFloat16;
-  }
-  TORCH_INTERNAL_ASSERT(false, "no such number type");
-}
-
 bool fits(const at::Tensor& tensor, const at::Tensor& param) {
   return tensor.sizes() == param.sizes() && tensor.device() == param.device() &&
          dtype_of(tensor).has_value();

@@ -17,9 +17,6 @@ const at::Tensor* as_tensor(PyObject* object);
 // Our number type, or nothing for a type that no kernel reads.
 std::optional<DType> dtype_of(const at::Tensor& tensor);
 
-// torch's name for one of our number types.
-at::ScalarType scalar_type_of(DType type);
-
 // Whether a gradient or state can belong to a parameter: the same shape and device, and a number
 // type that kernels read.
 bool fits(const at::Tensor& tensor, const at::Tensor& param);

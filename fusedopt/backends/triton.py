@@ -77,26 +77,16 @@ def make_plan(
             " and on the CPU only in its interpreter (TRITON_INTERPRET=1, set before the first"
             " step); move the parameters to a GPU or use backend='auto'"
         )
+    if extension.unavailable() is None:
+        host = extension.module().TablePlan(rule, device, slots, param_groups, state)
+    else:
+        host_plan = importlib.import_module("fusedopt.kernels.host_plan")
+        host = host_plan.HostPlan(rule, device, slots, param_groups, state)
     plan = importlib.import_module("fusedopt.kernels.plan")
-    books = _make_books(rule, device, slots, param_groups, state)
-    return plan.TritonPlan(rule, device, books, len(param_groups))
+    return plan.TritonPlan(rule, device, host, len(param_groups))
 
 
 def host_path() -> str:
     """Says what prepares a step on the host: the extension's code or Python's, and why."""
     reason = extension.unavailable()
     return "the extension" if reason is None else f"Python code: {reason}"
-
-
-def _make_books(
-    rule: str,
-    device: torch.device,
-    slots: list[Slot],
-    param_groups: list[dict[str, Any]],
-    state: Any,
-) -> Any:
-    """The books in C++ where there is an extension that fits this torch, else those in Python."""
-    if extension.unavailable() is None:
-        return extension.module().TablePlan(rule, device, slots, param_groups, state)
-    books = importlib.import_module("fusedopt.kernels.books")
-    return books.Books(rule, device, slots, param_groups, state)

@@ -66,7 +66,7 @@ void run_step(cuda::DevicePlan& plan, Problem<Rule>& problem, const StepRequest&
   const StepControl expected = problem.reference_control(request);
   plan.update(problem.rows.data(), problem.groups.data(), 0);
   if (request.reduce) {
-    plan.reduce({inputs, request.max_grad_norm.value_or(-1.0), request.skip_nonfinite,
+    plan.reduce({inputs, request.max_grad_norm.value_or(INFINITY), request.skip_nonfinite,
                  &device.control, nullptr},
                 0);
   }
@@ -252,7 +252,7 @@ void test_nonfinite() {
   double totals[2] = {-1.0, -1.0};
   const double unscale = 0.5;
   plan.update(problem.rows.data(), problem.groups.data(), 0);
-  plan.reduce({{nullptr, &unscale, nullptr}, -1.0, true, &control, totals}, 0);
+  plan.reduce({{nullptr, &unscale, nullptr}, INFINITY, true, &control, totals}, 0);
   const double exact = 3000.0 * 0.25 * double(1e30f) * double(1e30f);
   expect(std::fabs(totals[0] / exact - 1.0) < 1e-12 && totals[1] == 0.0, "large gradients: totals");
   expect(control.skip == 0.0 && control.clip == 1.0 && control.unscale == 0.5,

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "core/control.h"
 #include "core/numbers.h"
 #include "core/rule_info.h"
 #include "cpu/passes.h"
@@ -81,7 +82,8 @@ struct Problem {
     job.partials = partials.data();
     job.transforms = true;
     job.control.unscale = 0.5;
-    cpu::settle(job.control, cpu::reduce(job, clips, threads), {0.5, 1.0, false, false});
+    const Partial found = cpu::reduce(job, clips, threads);
+    job.control = settle(0.5, found.sum_squares, found.nonfinite != 0, false, 1.0, false);
     cpu::apply(job, rule, threads);
     std::vector<uint8_t> all;
     for (const auto& memory : operands) all.insert(all.end(), memory.begin(), memory.end());

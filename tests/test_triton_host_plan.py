@@ -1,4 +1,4 @@
-"""The books of a Triton plan, in C++ and in Python: both must say the same of the same optimizer.
+"""The host plans of the Triton backend, in C++ and in Python: both say the same of an optimizer.
 
 No kernel runs here.
 """
@@ -12,9 +12,8 @@ from table import CASES, TABLE, make_params, set_grads
 
 pytest.importorskip("triton")
 
-from fusedopt.kernels import layout
-from fusedopt.kernels.books import Books
-from fusedopt.kernels.layout import Likeness
+from fusedopt.kernels.host_plan import HostPlan
+from fusedopt.kernels.rows import Row
 
 from fusedopt.backends import extension
 
@@ -27,7 +26,7 @@ needs_extension = pytest.mark.skipif(
 
 
 class Twins:
-    """One optimizer's parameters, groups and state in both kinds of books."""
+    """Both host plans of one optimizer's parameters, groups and state."""
 
     def __init__(self, entry, options, **extras):
         self.params = make_params(SHAPES)
@@ -47,7 +46,7 @@ class Twins:
         self.make()
 
     def make(self):
-        """Makes the books anew."""
+        """Makes the plans anew."""
         slots = [
             (index, param, self.counters[i])
             for i, (index, param) in enumerate(
@@ -58,16 +57,17 @@ class Twins:
         ]
         device = torch.device("cpu")
         native = extension.module().TablePlan
-        self.books = [
-            kind(self.rule, device, slots, self.groups, self.state) for kind in (native, Books)
+        self.plans = [
+            kind(self.rule, device, slots, self.groups, self.state) for kind in (native, HostPlan)
         ]
 
     def begin(self):
         """What both say at the beginning of a step, which must be the same."""
         said = []
-        for books in self.books:
+        for plan in self.plans:
+            plan.end()  # a step that it had begun before
             try:
-                said.append(self.begin_one(books))
+                said.append(plan.begin(self.groups, self.state))
             except (KeyError, TypeError, ValueError) as error:
                 said.append((type(error), str(error)))
         native, python = said
@@ -77,23 +77,20 @@ class Twins:
             assert [native[0], *map(ids, native[1:])] == [python[0], *map(ids, python[1:])]
         return native
 
-    def begin_one(self, books):
-        """What one of them says; a step that it had begun before has ended."""
-        books.end()
-        return books.begin(self.groups, self.state)
-
     def assert_same(self):
-        """Rows and words agree; returns the words as numbers."""
-        native, python = (books.rows() for books in self.books)
-        for ours, theirs in zip(native, python, strict=True):
-            assert (*ours[:4], *ours[5:]) == (*theirs[:4], *theirs[5:])
-            # In C++ strides of operands that the row lacks follow.
-            assert bool(ours[4]) == bool(theirs[4])
-            assert ours[4][: len(theirs[4])] == theirs[4]
-        words = [array("q", [7] * 100) for _ in self.books]
-        ranges = [books.write(each) for books, each in zip(self.books, words, strict=True)]
+        """Rows, layouts and words agree; returns the words as numbers."""
+        native, python = (list(Row.unpack(plan.rows(800))) for plan in self.plans)
+        assert [row for row in native if row.step] == [row for row in python if row.step]
+        assert [row.step == 0 for row in native] == [row.step == 0 for row in python]
+        layouts = [array("q", plan.layouts()) for plan in self.plans]
+        assert layouts[0] == layouts[1]
+        words = [array("q", [7] * 100) for _ in self.plans]
+        changed = [plan.write(each) for plan, each in zip(self.plans, words, strict=True)]
         assert words[0] == words[1]
-        assert ranges[0] == ranges[1]
+        assert changed[0] == changed[1] == (0, 2 * 16 + len(SHAPES))
+        assert [plan.write(each) for plan, each in zip(self.plans, words, strict=True)] == [
+            (0, 0)
+        ] * 2
         return array("d", words[0].tobytes())
 
 
@@ -124,54 +121,53 @@ def test_rows_and_words_are_the_same(entry, options):
 
 @needs_extension
 def test_words_tell_what_changed():
-    """The range is the smallest; words behind the gradients' are left alone."""
-    entry, options = CASES["argvalues"][0]
-    twins = Twins(entry, options)
+    """In C++ the range is the smallest; words behind the gradients' are left alone."""
+    twins = Twins(*CASES["argvalues"][0])
     count = 2 * 16 + len(SHAPES)
-    for books in twins.books:
-        set_grads(twins.params, 2)
-        words = array("q", [5] * (count + 3))
-        twins.begin_one(books)
-        assert books.write(words) == (0, count)
-        assert list(words[count:]) == [5] * 3
-        assert words[32] == twins.params[0].grad.data_ptr()
-        assert books.write(words) == (0, 0)
-        twins.groups[1]["lr"] *= 2
-        twins.params[1].grad = None
-        twins.begin_one(books)
-        assert books.write(words) == (16, 34)
-        assert words[33] == 0
+    words = array("q", [5] * (count + 3))
+    assert twins.begin() is None
+    twins.plans[0].write(words)
+    assert list(words[count:]) == [5] * 3
+    assert words[32] == twins.params[0].grad.data_ptr()
+    twins.groups[1]["lr"] *= 2
+    twins.params[1].grad = None
+    assert twins.begin() is None
+    assert twins.plans[0].write(words) == (16, 34)
+    assert words[33] == 0
     with pytest.raises(ValueError, match=r"words has 3 items of 8 bytes; expected at least 37"):
-        twins.books[0].write(array("q", [0] * 3))
+        twins.plans[0].write(array("q", [0] * 3))
 
 
 @needs_extension
 def test_the_version_of_the_rows():
     """Changes with types and layouts of gradients, not with their addresses."""
     twins = Twins(*CASES["argvalues"][0])
-    for books in twins.books:
-        set_grads(twins.params, 3)
-        twins.begin_one(books)
-        before = books.rows_version
-        set_grads(twins.params, 4)
-        twins.begin_one(books)
-        assert books.rows_version == before
-        for change in (lambda g: g.t().contiguous().t(), lambda g: g.contiguous()):
-            twins.params[4].grad = change(twins.params[4].grad)
-            twins.begin_one(books)
-            assert books.rows_version > before
-            before = books.rows_version
+
+    def versions():
+        assert twins.begin() is None
+        return [plan.rows_version for plan in twins.plans]
+
+    set_grads(twins.params, 3)
+    before = versions()
+    set_grads(twins.params, 4)
+    assert versions() == before
+    for change in (lambda g: g.t().contiguous().t(), lambda g: g.contiguous()):
+        twins.params[4].grad = change(twins.params[4].grad)
+        after = versions()
+        assert all(new > old for new, old in zip(after, before, strict=True))
+        before = after
 
 
 @needs_extension
-def test_parameters_without_state_have_no_row():
-    """They are reported when a gradient comes, and cost nothing until then."""
+def test_parameters_without_state():
+    """They have a row without a counter, and are reported when a gradient comes."""
     twins = Twins(*CASES["argvalues"][0])
     del twins.state[twins.params[1]]
     twins.params[1].grad = None
     twins.make()
     assert twins.begin() is None
-    assert all(len(books.rows()) == len(SHAPES) - 1 for books in twins.books)
+    for plan in twins.plans:
+        assert [row.step == 0 for row in Row.unpack(plan.rows(0))] == [False, True] + [False] * 3
     twins.assert_same()
     set_grads(twins.params, 5)
     assert twins.begin() is not None
@@ -219,9 +215,9 @@ def test_what_is_refused_is_refused_again():
     twins = Twins(TABLE["AdamW"], {})
     assert twins.begin() is None
     twins.groups[0]["lr"], twins.groups[1]["max_grad_value"] = 0.5, -1.0
-    for books in (*twins.books, *twins.books):
+    for plan in (*twins.plans, *twins.plans):
         with pytest.raises(ValueError, match="max_grad_value"):
-            twins.begin_one(books)
+            plan.begin(twins.groups, twins.state)
     twins.groups[1]["max_grad_value"] = None
     assert twins.begin() is None
     assert twins.assert_same()[0] == 0.5
@@ -271,30 +267,3 @@ def test_the_same_is_said_of_a_gradient_in_written_memory():
     assert twins.begin() is None
     param.grad = grad
     assert len(twins.begin()[2]) == len(SHAPES)
-
-
-@pytest.mark.parametrize("in_one_call", [True, False])
-def test_likeness(monkeypatch, in_one_call):
-    """Told from everything else, with torch's guards and without; addresses do not matter."""
-    if not in_one_call:
-        monkeypatch.setattr(layout, "_TensorGuards", None)
-    tensors = [torch.zeros(4, 6), torch.zeros(()), torch.zeros(0)]
-    likeness = Likeness(tensors)
-    assert likeness.match([torch.ones(4, 6), torch.ones(()), torch.ones(0)])
-    for other in (
-        None,
-        torch.zeros(6, 4),
-        torch.zeros(6, 4).t(),
-        torch.zeros(24),
-        torch.zeros(4, 6, dtype=torch.float64),
-        torch.zeros(4, 6, device="meta"),
-        torch.zeros(4, 6).to_sparse(),
-        torch._neg_view(torch.zeros(4, 6)),
-        torch._efficientzerotensor((4, 6)),
-    ):
-        assert not likeness.match([other, *tensors[1:]])
-    with torch.autocast("cpu"):
-        assert likeness.match(tensors)
-    twice = [tensors[0], tensors[0]]
-    assert Likeness(twice).match(twice)
-    assert Likeness([]).match([])
