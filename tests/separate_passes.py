@@ -87,6 +87,7 @@ def separate_step(
     for param, grad in zip(run.params, seen, strict=True):
         param.grad = None if grad is None else grad.to(param.dtype)
     if not skip:
+        table.make_missing_state(run.optimizer)
         run.optimizer.step()
     return norm
 

@@ -331,8 +331,7 @@ def make_stock(entry: Entry, params: Any, **options: Any) -> torch.optim.Optimiz
         del options["decoupled_weight_decay"]
         decay = options.pop("weight_decay")
     optimizer = entry.stock(params, **options)
-    if entry.name == "Adagrad" and not ADAGRAD_MAKES_STATE:
-        optimizer.register_step_pre_hook(_make_missing_state)
+    optimizer.register_step_pre_hook(make_missing_state)
     if not decoupled:
         return optimizer
 
@@ -351,8 +350,10 @@ def make_stock(entry: Entry, params: Any, **options: Any) -> torch.optim.Optimiz
 ADAGRAD_MAKES_STATE = "full_like" in inspect.getsource(torch.optim.Adagrad._init_group)
 
 
-def _make_missing_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Gives stock Adagrad's parameters the state that newer torch would give them."""
+def make_missing_state(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Does before a step of old torch's Adagrad what newer torch does in it; also as a hook."""
+    if ADAGRAD_MAKES_STATE or type(optimizer) is not torch.optim.Adagrad:
+        return
     initial = optimizer.defaults["initial_accumulator_value"]
     for group in optimizer.param_groups:
         for param in group["params"]:

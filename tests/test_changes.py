@@ -78,20 +78,11 @@ def test_no_gradient_at_all(entry, backend):
     )
 
 
-def make_adagrad_state(run: Run, params: list) -> None:
-    """Before torch 2.13 Adagrad makes state in its constructor only, and raises without."""
-    if isinstance(run.optimizer, torch.optim.Adagrad):
-        for param in params:
-            entries = {"step": torch.tensor(0.0), "sum": torch.zeros_like(param)}
-            run.optimizer.state[param] = entries
-
-
 def add_group(run: Run) -> None:
     """Adds a group with hyperparameters of its own."""
     more = make_params(((6,), (2, 2)), device=str(run.params[0].device), seed=50)
     run.params += more
     run.optimizer.add_param_group({"params": more, "lr": 0.3, "weight_decay": 0.2})
-    make_adagrad_state(run, more)
 
 
 def append_parameter(run: Run) -> None:
@@ -99,7 +90,6 @@ def append_parameter(run: Run) -> None:
     more = make_params(((6,),), device=str(run.params[0].device), seed=50)
     run.params += more
     run.optimizer.param_groups[0]["params"].append(more[0])
-    make_adagrad_state(run, more)
 
 
 def remove_parameter(run: Run) -> None:
@@ -324,15 +314,14 @@ def test_same_address_other_meaning(entry, backend):
         for grad in (place.view(4, 6), place.view(6, 4).t(), place.view(4, 6)):
             run.params[0].grad = grad
             run.optimizer.step()
-        if entry.name != "Adagrad":
-            # The same address, and fewer elements.
-            base = run.params[0].data
-            run.params[0].grad = None
-            run.params[0].data = base.view(-1)[:10]
-            run.optimizer.state.clear()
-            for _ in range(2):
-                run.params[0].grad = place[:10]
-                run.optimizer.step()
+        # The same address, and fewer elements.
+        base = run.params[0].data
+        run.params[0].grad = None
+        run.params[0].data = base.view(-1)[:10]
+        run.optimizer.state.clear()
+        for _ in range(2):
+            run.params[0].grad = place[:10]
+            run.optimizer.step()
     assert_close(runs[1].tensors(), runs[0].tensors())
 
 

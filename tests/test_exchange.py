@@ -15,7 +15,16 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from table import ENTRIES, TABLE, Run, assert_close, assert_same_bits, random, richest
+from table import (
+    ENTRIES,
+    TABLE,
+    Run,
+    assert_close,
+    assert_same_bits,
+    make_missing_state,
+    random,
+    richest,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -41,6 +50,7 @@ class Training:
         for seed in seeds:
             for i, param in enumerate(self.model.parameters()):
                 param.grad = random(param.shape, 10 * seed + i)
+            make_missing_state(self.optimizer)
             self.optimizer.step()
         return self
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 from fuzz.play import COMMAND, StoryError, play, shorten, story_of
-from table import ADAGRAD_MAKES_STATE, INTERPRETED, backends
+from table import INTERPRETED, backends
 
 #: How many stories one test plays.
 STORIES = 10 if INTERPRETED else 50
 
 
-@pytest.mark.skipif(
-    not ADAGRAD_MAKES_STATE,
-    reason="this torch's own Adagrad fails after add_param_group, which stories do",
-)
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("first", [STORIES * test for test in range(6)])
 def test_stories(backend, first):

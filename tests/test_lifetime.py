@@ -285,8 +285,6 @@ def no_collector(warmed_up):
 @pytest.mark.usefixtures("no_collector")
 def test_lives_as_long_as_with_torch(entry, backend, tell):
     """After every chapter of every story."""
-    if entry.name == "Adagrad" and tell in (grow, clear):
-        pytest.skip("before torch 2.13 Adagrad makes state in its constructor only")
     start = make_params(SHAPES, device=device_of(backend))
     stock = Story(run_stock(entry, start, **richest(entry)))
     ours = Story(run_fused(entry, start, backend, **richest(entry)))

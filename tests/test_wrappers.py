@@ -10,7 +10,17 @@ import math
 
 import pytest
 import torch
-from table import ENTRIES, TABLE, Run, assert_same_bits, make_params, richest, run_fused, set_grads
+from table import (
+    ADAGRAD_MAKES_STATE,
+    ENTRIES,
+    TABLE,
+    Run,
+    assert_same_bits,
+    make_params,
+    richest,
+    run_fused,
+    set_grads,
+)
 
 import fusedopt
 
@@ -128,7 +138,9 @@ def test_the_amp_flag_is_stocks(entry, options):
     for fused in (None, False, True):
         flag = entry.fused(params, fused=fused, **options)._step_supports_amp_scaling
         assert flag == (fused is True)
-        if "fused" in entry.stock(params).defaults:
+        # In torch 2.11 Adagrad lacks it, whose fused kernel takes a scale.
+        lacks = entry.name == "Adagrad" and not ADAGRAD_MAKES_STATE
+        if "fused" in entry.stock(params).defaults and not lacks:
             stock = entry.stock(params, fused=fused)
             assert flag == getattr(stock, "_step_supports_amp_scaling", False)
     assert not entry.fused(params, backend="torch", **options)._step_supports_amp_scaling

@@ -94,7 +94,8 @@ class DevicePlan {
   // Reads every gradient once. One launch.
   void reduce(const ReduceRequest& request, StreamHandle stream);
 
-  // The update: one launch for each kernel that has a gradient.
+  // The update: one launch for each kernel that has a gradient. Where one fails after others, what
+  // those update stays updated, and the error says so.
   void apply(const ApplyRequest& request, StreamHandle stream);
 
  private:

@@ -42,6 +42,7 @@ class DevicePlan::Impl {
 
   void apply(const ApplyRequest& request, cudaStream_t stream) {
     StepControl* record = request.control_given ? nullptr : request.control;
+    bool launched = false;
     // After a reduce pass backwards, as the kernel takes the pieces: the gradients that were read
     // last are still in the second-level cache.
     for (size_t i = 0; i < launches_.size(); ++i) {
@@ -62,8 +63,16 @@ class DevicePlan::Impl {
       params.record = record;
       params.clips = request.clip_per_param ? clips_ : nullptr;
       params.ticket = tickets_;
-      launch_kernel(launch.kernel, params, std::max<int64_t>(launch.piece_count, 1), stream,
-                    launch.name);
+      try {
+        launch_kernel(launch.kernel, params, std::max<int64_t>(launch.piece_count, 1), stream,
+                      launch.name);
+      } catch (const std::runtime_error& error) {
+        if (!launched) throw;
+        throw std::runtime_error(error.what() +
+                                 std::string("; the step is half done: parameters of other types "
+                                             "or variants are updated; go on from a checkpoint"));
+      }
+      launched = true;
       record = nullptr;
     }
     // Without any gradient nothing was launched; the control block is written all the same.

@@ -220,6 +220,31 @@ void test_errors() {
   expect(cuda::unavailable().empty() && cuda::unavailable(1).empty(), "errors: available again");
 }
 
+// A launch cannot be called back: when a later one fails, the error says what that leaves.
+void test_half_a_step() {
+  Sgd problem(1, {make_group(0.1)}, {{10, cuda::kTypeCombos[0]}, {10, cuda::kTypeCombos[1]}}, 128);
+  problem.fill(1);
+  cuda::DevicePlan plan(kSgd, 0, problem.table(), device_memory, 0);
+  StepControl control{};
+  plan.update(problem.rows.data(), problem.groups.data(), 0);
+  const auto error_of_launch = [&](int nth) {
+    emulation::fail_call(nth);
+    const std::string error = error_of([&] { plan.apply({{}, &control, false}, 0); });
+    emulation::fail_call(0);
+    return error;
+  };
+  const std::string nothing_done = error_of_launch(1);
+  expect_text(nothing_done, {"launching the sgd kernel", "parameters float32"});
+  expect(nothing_done.find("half done") == std::string::npos, "half a step: nothing was done");
+  problem.expect_same("half a step: nothing was done");
+
+  expect_text(error_of_launch(2),
+              {"launching the sgd kernel", "parameters float64", "half done", "checkpoint"});
+  problem.set_grads([](size_t i) { return i == 0; });
+  step_reference(problem);
+  problem.expect_same("half a step: one launch was made");
+}
+
 // Nothing to launch: the control block is written all the same. Everything allocated is freed, on
 // the right device.
 void test_nothing_to_do() {
@@ -291,6 +316,7 @@ int main() {
   test_graph();
   test_capture_elsewhere();
   test_errors();
+  test_half_a_step();
   test_nothing_to_do();
   test_piece_length();
   if (failures > 0) fprintf(stderr, "%d failures\n", failures);

@@ -36,15 +36,6 @@ def append_param(world: World, rng: Random) -> None:
     for side, group in zip(world.sides, groups, strict=True):
         param = make_param(spec, side.device)
         group["params"].append(param)
-        _make_adagrad_state(world, side, param)
-
-
-def _make_adagrad_state(world: World, side: Side, param: Parameter) -> None:
-    """Before torch 2.13 Adagrad makes its state in the constructor only."""
-    if world.entry.name == "Adagrad":
-        start = world.story.options.get("initial_accumulator_value", 0.0)
-        entries = {"step": torch.tensor(0.0), "sum": torch.full_like(param.detach(), start)}
-        side.optimizer.state[param] = entries
 
 
 def remove_param(world: World, rng: Random) -> None:

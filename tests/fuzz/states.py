@@ -110,8 +110,6 @@ def new_entries(world: World, rng: Random) -> None:
 
 def drop_state(world: World, rng: Random) -> None:
     """Lets a parameter, or all, start anew."""
-    if world.entry.name == "Adagrad":
-        return  # before torch 2.13 it makes its state in the constructor only
     index, how = pick(world, rng), rng.choice(("pop", "empty", "clear"))
     for side in world.sides:
         dropped = [side.params[index]] if how != "clear" else side.params

@@ -78,23 +78,4 @@ bool GOMP_loop_nonmonotonic_dynamic_next(long* first, long* last) { return take(
 
 void GOMP_loop_end() { place.team->barrier.arrive_and_wait(); }
 
-void GOMP_loop_end_nowait() {}
-
-// A parallel region that is one loop.
-void GOMP_parallel_loop_nonmonotonic_dynamic(void (*body)(void*), void* data, unsigned threads,
-                                             long start, long end, long incr, long chunk,
-                                             unsigned /*flags*/) {
-  struct Call {
-    void (*body)(void*);
-    void* data;
-    Loop loop;
-  } call{body, data, {end, incr * chunk, start}};
-  const auto enter = [](void* argument) {
-    Call& own = *static_cast<Call*>(argument);
-    place.loop = &own.loop;
-    own.body(own.data);
-  };
-  GOMP_parallel(enter, &call, threads, 0);
-}
-
 }  // extern "C"
