@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from table import TABLE, make_fused, richest
+from cases import TABLE, make_fused, richest
 
 SHAPES = ((1031,), (3, 5), (1,), (0,), (70_003,))
 CLIPS = {

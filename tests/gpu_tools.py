@@ -7,8 +7,17 @@ from typing import Any
 
 import emulated_cuda
 import torch
-from table import DTYPES, Entry, Run, device_of, lay_out, make_fused, make_params, native_backends
-from table import set_grads as set_random_grads
+from cases import (
+    DTYPES,
+    Entry,
+    Run,
+    device_of,
+    lay_out,
+    make_fused,
+    make_params,
+    native_backends,
+)
+from cases import set_grads as set_random_grads
 from torch import Tensor
 
 #: The backends of ours that run on a GPU here.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from table import TABLE, Entry, make_fused, richest
+from cases import TABLE, Entry, make_fused, richest
 
 MEGABYTE = 2**20
 #: Of the parameter. malloc maps blocks above 32 MiB anew each time, so that a temporary cannot hide

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import table
+import cases
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
@@ -20,7 +20,7 @@ Grads = Sequence["Tensor | None"]
 
 
 def transformed(
-    run: table.Run, grads: Grads, unscale: float, max_grad_norm: float | None
+    run: cases.Run, grads: Grads, unscale: float, max_grad_norm: float | None
 ) -> tuple[list[Tensor | None], Tensor]:
     """Returns (what torch's rule sees, the global norm).
 
@@ -76,7 +76,7 @@ def _like(grad: Tensor, values: Tensor) -> Tensor:
 
 
 def separate_step(
-    run: table.Run,
+    run: cases.Run,
     grads: Grads,
     unscale: float = 1.0,
     max_grad_norm: float | None = None,
@@ -87,7 +87,7 @@ def separate_step(
     for param, grad in zip(run.params, seen, strict=True):
         param.grad = None if grad is None else grad.to(param.dtype)
     if not skip:
-        table.make_missing_state(run.optimizer)
+        cases.make_missing_state(run.optimizer)
         run.optimizer.step()
     return norm
 
@@ -97,7 +97,7 @@ def any_nonfinite(grads: Grads) -> bool:
     return any(grad is not None and not bool(grad.isfinite().all()) for grad in grads)
 
 
-def snapshot(run: table.Run) -> dict[str, Tensor]:
+def snapshot(run: cases.Run) -> dict[str, Tensor]:
     """Returns copies of everything that training changes, and of the gradients."""
     found = {name: value.clone() for name, value in run.tensors().items()}
     for i, param in enumerate(run.params):
@@ -106,13 +106,13 @@ def snapshot(run: table.Run) -> dict[str, Tensor]:
     return found
 
 
-def assert_untouched(run: table.Run, before: dict[str, Tensor]) -> None:
+def assert_untouched(run: cases.Run, before: dict[str, Tensor]) -> None:
     """Compares a run with its `snapshot`; state made since then must be as if no step had come.
 
     Gradients count where the snapshot has them: stock torch unscales them in place.
     """
     now = snapshot(run)
-    table.assert_same_bits({name: now[name] for name in before}, before)
+    cases.assert_same_bits({name: now[name] for name in before}, before)
     initial = {group.get("initial_accumulator_value", 0.0) for group in run.optimizer.param_groups}
     made = [name for name in now.keys() - before.keys() if not name.startswith("gradient")]
     for name in made:
@@ -140,7 +140,7 @@ class Trio:
 
     def __init__(
         self,
-        entry: table.Entry,
+        entry: cases.Entry,
         backend: str,
         params: Sequence[Tensor],
         groups: Sequence[dict[str, Any]] = ({},),
@@ -148,19 +148,19 @@ class Trio:
         **extras: Any,
     ) -> None:
         options = options or {}
-        own, torchs, wide = (table.copies(params, kind) for kind in (None, None, torch.float64))
+        own, torchs, wide = (cases.copies(params, kind) for kind in (None, None, torch.float64))
 
         def dealt(members: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
             return [{"params": members[i :: len(groups)], **g} for i, g in enumerate(groups)]
 
-        self.ours = table.Run(
-            own, table.make_fused(entry, dealt(own), backend, **options, **extras)
+        self.ours = cases.Run(
+            own, cases.make_fused(entry, dealt(own), backend, **options, **extras)
         )
-        self.stock = table.Run(torchs, table.make_stock(entry, dealt(torchs), **options))
-        self.truth = table.Run(wide, table.make_stock(entry, dealt(wide), **options))
+        self.stock = cases.Run(torchs, cases.make_stock(entry, dealt(torchs), **options))
+        self.truth = cases.Run(wide, cases.make_stock(entry, dealt(wide), **options))
         self.applied = 0
 
-    def runs(self) -> Iterator[table.Run]:
+    def runs(self) -> Iterator[cases.Run]:
         """Yields the three runs."""
         yield from (self.ours, self.stock, self.truth)
 
@@ -196,7 +196,7 @@ class Trio:
             assert_norm(optimizer.last_grad_norm, norm)
         after = snapshot(self.ours)
         kept = {name for name in before if name.startswith("gradient of")}
-        table.assert_same_bits({n: after[n] for n in kept}, {n: before[n] for n in kept})
+        cases.assert_same_bits({n: after[n] for n in kept}, {n: before[n] for n in kept})
         if skip:
             assert_untouched(self.ours, before)
 
@@ -293,7 +293,7 @@ def make_grads(
     """
     grads: list[Tensor | None] = []
     for i, param in enumerate(params):
-        values = table.random(param.shape, 1000 * seed + i, torch.float64, scale=scale)
+        values = cases.random(param.shape, 1000 * seed + i, torch.float64, scale=scale)
         grads.append(None if i in missing else torch.empty_like(param.detach()).copy_(values))
     if poison is not None:
         filled = [grad for grad in grads if grad is not None and grad.numel() > 0]

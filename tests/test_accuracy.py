@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from table import (
+from cases import (
     CASES,
     COUNTING,
     DTYPES,

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from table import make_params, set_grads
+from cases import make_params, set_grads
 
 import fusedopt
 from fusedopt import backends

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from machine import instruction_set, instruction_sets, threads
-from table import (
+from cases import (
     CASES,
     DTYPES,
     LAYOUTS,
@@ -18,6 +17,7 @@ from table import (
     native_backends,
     run_fused,
 )
+from machine import instruction_set, instruction_sets, threads
 
 pytestmark = pytest.mark.skipif("cpu" not in native_backends(), reason="no native extension")
 

@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from table import (
+from cases import (
     COUNTING,
     ENTRIES,
     TABLE,

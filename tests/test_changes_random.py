@@ -6,9 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from table import (
+from cases import (
     ENTRIES,
     INTERPRETED,
     Run,
@@ -22,6 +20,8 @@ from table import (
     run_stock,
     set_grads,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 OURS = pytest.mark.parametrize("entry", **ENTRIES)
 BACKENDS = pytest.mark.parametrize("backend", backends())

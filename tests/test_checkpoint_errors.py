@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from table import (
+from cases import (
     ENTRIES,
     TABLE,
     assert_same_bits,

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from table import (
+from cases import (
     CAPTURABLE,
     ENTRIES,
     TABLE,

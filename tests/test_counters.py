@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from table import (
+from cases import (
     TABLE,
     backends,
     copies,

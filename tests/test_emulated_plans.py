@@ -13,8 +13,7 @@ import time
 import emulated_cuda
 import pytest
 import torch
-from gpu_tools import share_grads, snapshot, step_both, twins
-from table import (
+from cases import (
     ENTRIES,
     TABLE,
     Run,
@@ -25,6 +24,7 @@ from table import (
     richest,
     set_grads,
 )
+from gpu_tools import share_grads, snapshot, step_both, twins
 
 from fusedopt import _control
 

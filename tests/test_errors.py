@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from table import (
+from cases import (
     ENTRIES,
     TABLE,
     Run,

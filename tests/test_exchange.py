@@ -15,7 +15,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from table import (
+from cases import (
     ENTRIES,
     TABLE,
     Run,

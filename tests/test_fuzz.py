@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from cases import INTERPRETED, backends
 from fuzz.play import COMMAND, StoryError, play, shorten, story_of
-from table import INTERPRETED, backends
 
 #: How many stories one test plays.
 STORIES = 10 if INTERPRETED else 50

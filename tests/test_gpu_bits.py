@@ -7,17 +7,7 @@ import math
 
 import pytest
 import torch
-from gpu_tools import (
-    GPU_BACKENDS,
-    MIXED,
-    SAME,
-    set_exact_grads,
-    set_scale,
-    share_grads,
-    step_both,
-    twins,
-)
-from table import (
+from cases import (
     CASES,
     DTYPES,
     ENTRIES,
@@ -30,6 +20,16 @@ from table import (
     make_params,
     richest,
     set_grads,
+)
+from gpu_tools import (
+    GPU_BACKENDS,
+    MIXED,
+    SAME,
+    set_exact_grads,
+    set_scale,
+    share_grads,
+    step_both,
+    twins,
 )
 
 if not torch.cuda.is_available():

@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from gpu_tools import GPU_BACKENDS, snapshot
-from table import (
+from cases import (
     ENTRIES,
     TABLE,
     Run,
@@ -19,6 +18,7 @@ from table import (
     random,
     richest,
 )
+from gpu_tools import GPU_BACKENDS, snapshot
 
 if not torch.cuda.is_available():
     pytest.skip("this torch sees no GPU here", allow_module_level=True)

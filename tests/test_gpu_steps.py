@@ -9,17 +9,7 @@ import math
 
 import pytest
 import torch
-from gpu_tools import (
-    GPU_BACKENDS,
-    seen_by_profiler,
-    set_exact_grads,
-    set_scale,
-    share_grads,
-    snapshot,
-    step_both,
-    twins,
-)
-from table import (
+from cases import (
     ENTRIES,
     TABLE,
     Run,
@@ -30,6 +20,16 @@ from table import (
     richest,
     run_fused,
     set_grads,
+)
+from gpu_tools import (
+    GPU_BACKENDS,
+    seen_by_profiler,
+    set_exact_grads,
+    set_scale,
+    share_grads,
+    snapshot,
+    step_both,
+    twins,
 )
 
 import fusedopt

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from table import NAMES
+from cases import NAMES
 
 import fusedopt
 

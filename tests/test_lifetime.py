@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 import torch
-from table import (
+from cases import (
     ENTRIES,
     TABLE,
     Run,

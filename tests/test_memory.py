@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from table import (
+from cases import (
     ENTRIES,
     TABLE,
     assert_close,

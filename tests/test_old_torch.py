@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from table import TABLE, assert_same_bits, make_params, run_fused
+from cases import TABLE, assert_same_bits, make_params, run_fused
 
 from fusedopt import _pipeline
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from table import (
+from cases import (
     ENTRIES,
     IN_TORCH,
     INTERPRETED,

@@ -10,8 +10,8 @@ import io
 import math
 import pickle
 
+import cases
 import pytest
-import table
 import torch
 from separate_passes import Trio, make_grads
 
@@ -33,42 +33,42 @@ def step(trio: Trio, seed: int) -> None:
     trio.step(make_grads(trio.ours.params, seed, 4.0, [1] if seed < 2 else [], poison), 4.0)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("at", range(5))
 def test_resume_in_the_middle(entry, backend, at):
     """Ours into ours after any step: the same bits as without the interruption.
 
     Torch's separate passes agree.
     """
-    params = table.make_params(device=table.device_of(backend))
-    trio = Trio(entry, backend, params, [CLIPS, {}], table.richest(entry), **EXTRAS)
-    straight = Trio(entry, backend, params, [CLIPS, {}], table.richest(entry), **EXTRAS)
+    params = cases.make_params(device=cases.device_of(backend))
+    trio = Trio(entry, backend, params, [CLIPS, {}], cases.richest(entry), **EXTRAS)
+    straight = Trio(entry, backend, params, [CLIPS, {}], cases.richest(entry), **EXTRAS)
     for seed in range(6):
         step(straight, seed)
     for seed in range(6):
         if seed == at:
             saved = through_a_file(trio.ours.optimizer.state_dict())
-            own = table.copies(trio.ours.params)
+            own = cases.copies(trio.ours.params)
             groups = [{"params": own[i::2]} for i in range(2)]
-            fresh = table.make_fused(entry, groups, backend, lr=77.0, **EXTRAS)
+            fresh = cases.make_fused(entry, groups, backend, lr=77.0, **EXTRAS)
             fresh.load_state_dict(saved)
-            trio.ours = table.Run(own, fresh)
+            trio.ours = cases.Run(own, fresh)
         step(trio, seed)
     trio.check()
-    table.assert_same_bits(trio.ours.tensors(), straight.ours.tensors())
+    cases.assert_same_bits(trio.ours.tensors(), straight.ours.tensors())
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("at", (1, 3, 4))
 def test_stock_checkpoint_into_ours_keeps_the_clips(entry, backend, at):
     """A torch checkpoint knows nothing of our keys.
 
     Each live group keeps its own, and the optimizer its settings.
     """
-    params = table.make_params(device=table.device_of(backend))
-    trio = Trio(entry, backend, params, [CLIPS, {}], table.richest(entry), **EXTRAS)
+    params = cases.make_params(device=cases.device_of(backend))
+    trio = Trio(entry, backend, params, [CLIPS, {}], cases.richest(entry), **EXTRAS)
     for seed in range(at):
         step(trio, seed)
     saved = trio.stock.optimizer.state_dict()
@@ -89,16 +89,16 @@ def test_stock_checkpoint_into_ours_keeps_the_clips(entry, backend, at):
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("at", (1, 2, 4))
 def test_our_checkpoint_into_stock(entry, backend, at):
     """Stock torch takes it as its own and goes on with separate passes.
 
     Also right after a skipped step.
     """
-    params = table.make_params(device=table.device_of(backend))
-    trio = Trio(entry, backend, params, [CLIPS, {}], table.richest(entry), **EXTRAS)
+    params = cases.make_params(device=cases.device_of(backend))
+    trio = Trio(entry, backend, params, [CLIPS, {}], cases.richest(entry), **EXTRAS)
     for seed in range(at):
         step(trio, seed)
     saved = through_a_file(trio.ours.optimizer.state_dict())
@@ -109,16 +109,16 @@ def test_our_checkpoint_into_stock(entry, backend, at):
     for seed in range(at, 6):
         step(trio, seed)
     ours, stock = trio.ours.tensors(), trio.stock.tensors()
-    table.assert_close({name: ours[name] for name in stock}, stock, 8.0)
+    cases.assert_close({name: ours[name] for name in stock}, stock, 8.0)
 
 
 def test_a_checkpoint_with_our_keys_sets_them():
     """Group keys travel in checkpoints; settings of the whole optimizer never do."""
-    params = table.make_params(((3,),))
-    entry = table.TABLE["Adam"]
-    saved = table.make_fused(entry, params, "auto", **CLIPS, **EXTRAS).state_dict()
+    params = cases.make_params(((3,),))
+    entry = cases.TABLE["Adam"]
+    saved = cases.make_fused(entry, params, "auto", **CLIPS, **EXTRAS).state_dict()
     assert not {"max_grad_norm", "skip_nonfinite", "backend"} & set(saved["param_groups"][0])
-    loaded = table.make_fused(entry, params, "auto", max_grad_value=9.0, max_grad_norm=3.0)
+    loaded = cases.make_fused(entry, params, "auto", max_grad_value=9.0, max_grad_norm=3.0)
     loaded.load_state_dict(saved)
     assert {name: loaded.param_groups[0][name] for name in CLIPS} == CLIPS
     assert loaded.max_grad_norm == 3.0
@@ -131,25 +131,25 @@ def test_a_checkpoint_with_our_keys_sets_them():
     assert loaded.backend == "auto"
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("clone", (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))))
 def test_copies_keep_settings_and_the_amp_flag(entry, backend, clone):
     """Deepcopy and pickle, before, after and between skipped steps.
 
     They go on with the same bits.
     """
-    params = table.make_params(device=table.device_of(backend))
+    params = cases.make_params(device=cases.device_of(backend))
     options = {
         **CLIPS,
         **EXTRAS,
-        **table.richest(entry),
+        **cases.richest(entry),
         "fused": None if backend == "torch" else True,
     }
-    run = table.run_fused(entry, params, backend, **options)
+    run = cases.run_fused(entry, params, backend, **options)
     for seed in range(5):
         optimizer = clone(run.optimizer)
-        twin = table.Run([p for g in optimizer.param_groups for p in g["params"]], optimizer)
+        twin = cases.Run([p for g in optimizer.param_groups for p in g["params"]], optimizer)
         assert optimizer._step_supports_amp_scaling == (backend != "torch")
         assert {name: getattr(optimizer, name) for name in EXTRAS} == EXTRAS
         assert {name: optimizer.param_groups[0][name] for name in CLIPS} == CLIPS
@@ -159,6 +159,6 @@ def test_copies_keep_settings_and_the_amp_flag(entry, backend, clone):
             for param, grad in zip(one.params, grads, strict=True):
                 param.grad = grad.clone()
             one.optimizer.step()
-        table.assert_same_bits(twin.tensors(), run.tensors())
-        assert table.same_bits(optimizer.last_grad_norm, run.optimizer.last_grad_norm)
+        cases.assert_same_bits(twin.tensors(), run.tensors())
+        assert cases.same_bits(optimizer.last_grad_norm, run.optimizer.last_grad_norm)
         assert bool(optimizer.last_step_skipped) == (seed in (0, 3))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
+import cases
 import pytest
-import table
 import torch
 from separate_passes import Trio, bad_steps, make_grads
 
@@ -21,7 +21,7 @@ CLIPS = {
     "per_param_global": ({"max_grad_norm_per_param": 0.7}, 0.9),
     "all": ({"max_grad_value": 0.4, "max_grad_norm_per_param": 0.7}, 0.9),
 }
-PLAIN = {entry.name: table.richest(entry) for entry in table.TABLE.values()}
+PLAIN = {entry.name: cases.richest(entry) for entry in cases.TABLE.values()}
 
 
 def mixed_params(device: str) -> list[torch.nn.Parameter]:
@@ -29,8 +29,8 @@ def mixed_params(device: str) -> list[torch.nn.Parameter]:
     shapes = ((37,), (4, 5), (0,), (), (3, 7))
     return [
         param
-        for i, dtype in enumerate(table.DTYPES)
-        for param in table.make_params(shapes, dtype, device, seed=10 * i)
+        for i, dtype in enumerate(cases.DTYPES)
+        for param in cases.make_params(shapes, dtype, device, seed=10 * i)
     ]
 
 
@@ -53,46 +53,46 @@ def train(trio: Trio, scale: float, poison: float, missing_late: bool = True) ->
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("clips", CLIPS)
-@pytest.mark.parametrize("dtype", table.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_every_combination_with_every_type(entry, backend, clips, dtype):
     """Alone and combined, under a scale, with inf in the first, a middle and the last step."""
     group, limit = CLIPS[clips]
-    params = table.make_params(table.SHAPES, dtype, table.device_of(backend))
+    params = cases.make_params(cases.SHAPES, dtype, cases.device_of(backend))
     trio = Trio(
         entry, backend, params, [group], PLAIN[entry.name], max_grad_norm=limit, skip_nonfinite=True
     )
     train(trio, 64.0, math.inf)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_all_types_share_one_norm(entry, backend):
     """One optimizer with float32, float64, float16 and bfloat16 parameters, nan as the overflow."""
     group, limit = CLIPS["all"]
-    params = mixed_params(table.device_of(backend))
+    params = mixed_params(cases.device_of(backend))
     trio = Trio(
         entry, backend, params, [group], PLAIN[entry.name], max_grad_norm=limit, skip_nonfinite=True
     )
     train(trio, 1.0, math.nan)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry, options", **table.CASES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry, options", **cases.CASES)
 def test_every_variant(entry, options, backend):
     """All hyperparameters of the table, maximize and decoupled decay among them.
 
     Under the global clip.
     """
-    params = table.make_params(device=table.device_of(backend))
+    params = cases.make_params(device=cases.device_of(backend))
     trio = Trio(entry, backend, params, [{}], options, max_grad_norm=2.0, skip_nonfinite=True)
     train(trio, 1.0, math.inf)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_clips_differ_per_group(entry, backend):
     """Four groups with their own limits, learning rates and direction under one global norm."""
     groups = [
@@ -101,27 +101,27 @@ def test_clips_differ_per_group(entry, backend):
         {"max_grad_value": 0.9, "max_grad_norm_per_param": 1.1, "weight_decay": 0.1},
         {},
     ]
-    params = table.make_params(table.SHAPES + ((5,), (6, 2)), device=table.device_of(backend))
+    params = cases.make_params(cases.SHAPES + ((5,), (6, 2)), device=cases.device_of(backend))
     trio = Trio(
         entry, backend, params, groups, PLAIN[entry.name], max_grad_norm=1.0, skip_nonfinite=True
     )
     train(trio, 32.0, math.inf)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_a_group_added_later_joins_the_norm(entry, backend):
     """A group of add_param_group has its own clips and the defaults for the rest.
 
     From its first step on.
     """
-    device = table.device_of(backend)
-    params = table.make_params(((9,), (3, 3)), device=device)
+    device = cases.device_of(backend)
+    params = cases.make_params(((9,), (3, 3)), device=device)
     trio = Trio(entry, backend, params, [{}], {"lr": 0.1}, max_grad_norm=0.8)
     trio.step(make_grads(trio.ours.params, 1))
-    late = table.make_params(((11,), (2,)), device=device, seed=7)
+    late = cases.make_params(((11,), (2,)), device=device, seed=7)
     for run in trio.runs():
-        own = table.copies(late, run.params[0].dtype)
+        own = cases.copies(late, run.params[0].dtype)
         run.optimizer.add_param_group({"params": own, "max_grad_value": 0.2})
         run.params += own
     for seed in (2, 3):
@@ -129,14 +129,14 @@ def test_a_group_added_later_joins_the_norm(entry, backend):
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_constructor_defaults_reach_groups_that_say_nothing(backend):
     """The constructor's limits are what a group without its own has."""
-    entry = table.TABLE["SGD"]
-    params = table.make_params(((5,), (6,)), device=table.device_of(backend))
-    ours = table.copies(params)
+    entry = cases.TABLE["SGD"]
+    params = cases.make_params(((5,), (6,)), device=cases.device_of(backend))
+    ours = cases.copies(params)
     groups = [{"params": ours[:1]}, {"params": ours[1:], "max_grad_value": 9.0}]
-    optimizer = table.make_fused(
+    optimizer = cases.make_fused(
         entry, groups, backend, lr=1.0, max_grad_value=0.25, max_grad_norm_per_param=3.0
     )
     for group, value in zip(optimizer.param_groups, (0.25, 9.0), strict=True):
@@ -151,13 +151,13 @@ def test_constructor_defaults_reach_groups_that_say_nothing(backend):
     torch.testing.assert_close((params[1] - ours[1]).norm().item(), 3.0)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_infinite_limits_measure_only(entry, backend):
     """With infinite limits everything but the norm has the bits of a step without any."""
-    device = table.device_of(backend)
-    params = table.make_params(device=device)
-    measured = table.run_fused(
+    device = cases.device_of(backend)
+    params = cases.make_params(device=device)
+    measured = cases.run_fused(
         entry,
         params,
         backend,
@@ -165,7 +165,7 @@ def test_infinite_limits_measure_only(entry, backend):
         max_grad_norm_per_param=math.inf,
         max_grad_value=math.inf,
     )
-    plain = table.run_fused(entry, params, backend)
+    plain = cases.run_fused(entry, params, backend)
     for poison in (None, None, math.inf):
         for run in (measured, plain):
             seed = 5 if poison is None else 6
@@ -174,7 +174,7 @@ def test_infinite_limits_measure_only(entry, backend):
             ):
                 param.grad = grad
             run.optimizer.step()
-        table.assert_same_bits(measured.tensors(), plain.tensors())
+        cases.assert_same_bits(measured.tensors(), plain.tensors())
         norm = torch.cat([p.grad.double().flatten() for p in measured.params]).norm()
         torch.testing.assert_close(
             measured.optimizer.last_grad_norm, norm.float(), rtol=1.2e-7, atol=0
@@ -182,12 +182,12 @@ def test_infinite_limits_measure_only(entry, backend):
         assert plain.optimizer.last_grad_norm is None
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("factors", [*itertools.product((0.5, 2.0), repeat=2)], ids=str)
 def test_limits_changed_between_steps_count_at_once(backend, factors):
     """Limits are read at every step: the optimizer's attribute and the groups' keys."""
-    entry = table.TABLE["Adam"]
-    params = table.make_params(device=table.device_of(backend))
+    entry = cases.TABLE["Adam"]
+    params = cases.make_params(device=cases.device_of(backend))
     trio = Trio(entry, backend, params, [{"max_grad_value": 0.5}], max_grad_norm=2.0)
     trio.step(make_grads(params, 1))
     trio.ours.optimizer.max_grad_norm *= factors[0]
@@ -203,24 +203,24 @@ def test_limits_changed_between_steps_count_at_once(backend, factors):
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.native_backends())
-@pytest.mark.parametrize("layout", table.LAYOUTS)
-@pytest.mark.parametrize("grad_layout", table.LAYOUTS)
+@pytest.mark.parametrize("backend", cases.native_backends())
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("grad_layout", cases.LAYOUTS)
 def test_layouts_do_not_change_the_norm(backend, layout, grad_layout):
     """Parameters and gradients with strides of their own.
 
     Bits of the parameters as with contiguous ones.
     """
-    device = table.device_of(backend)
+    device = cases.device_of(backend)
     shapes = ((5, 6), (2, 3, 4, 5), (33,))
     finished = []
     for pair in ((layout, grad_layout), ("contiguous", "contiguous")):
-        params = table.make_params(shapes, device=device, layout=pair[0])
-        optimizer = table.make_fused(
-            table.TABLE["Adam"], params, backend, max_grad_norm=1.0, max_grad_norm_per_param=0.8
+        params = cases.make_params(shapes, device=device, layout=pair[0])
+        optimizer = cases.make_fused(
+            cases.TABLE["Adam"], params, backend, max_grad_norm=1.0, max_grad_norm_per_param=0.8
         )
         for seed in range(3):
-            table.set_grads(params, seed, layout=pair[1])
+            cases.set_grads(params, seed, layout=pair[1])
             optimizer.step()
         # The order of the sum follows memory, so the last bit of the norm may differ.
         finished.append((params, optimizer.last_grad_norm))
@@ -229,14 +229,14 @@ def test_layouts_do_not_change_the_norm(backend, layout, grad_layout):
     torch.testing.assert_close(finished[0][1], finished[1][1], rtol=1.2e-7, atol=0)
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_gradients_of_another_type_than_the_parameter(backend):
     """float32 parameters with bfloat16 and float16 gradients.
 
     The norm is that of the gradients as they are.
     """
-    params = table.make_params(((40,), (3, 5)), device=table.device_of(backend))
-    trio = Trio(table.TABLE["SGD"], backend, params, [{"max_grad_value": 1.2}], max_grad_norm=0.5)
+    params = cases.make_params(((40,), (3, 5)), device=cases.device_of(backend))
+    trio = Trio(cases.TABLE["SGD"], backend, params, [{"max_grad_value": 1.2}], max_grad_norm=0.5)
     for seed, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32, torch.float16)):
         for param in trio.ours.params:
             param.grad = None
@@ -245,11 +245,11 @@ def test_gradients_of_another_type_than_the_parameter(backend):
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_the_clip_sees_what_the_closure_left(backend):
     """The closure runs first, once, with gradients enabled; its gradients are the ones measured."""
-    param = torch.nn.Parameter(torch.ones(4, device=table.device_of(backend)))
-    optimizer = table.make_fused(table.TABLE["SGD"], [param], backend, lr=1.0, max_grad_norm=1.0)
+    param = torch.nn.Parameter(torch.ones(4, device=cases.device_of(backend)))
+    optimizer = cases.make_fused(cases.TABLE["SGD"], [param], backend, lr=1.0, max_grad_norm=1.0)
     calls = []
 
     def closure():

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import math
 
+import cases
 import pytest
-import table
 import torch
 from separate_passes import make_grads
 
-ADAM = table.TABLE["Adam"]
+ADAM = cases.TABLE["Adam"]
 
 
 @contextlib.contextmanager
@@ -41,19 +41,19 @@ def instruction_set(name: str):
 
 def instruction_sets() -> list[str]:
     """Returns those that this machine runs; none without the extension."""
-    if "cpu" not in table.backends():
+    if "cpu" not in cases.backends():
         return []
     import fusedopt._C
 
     return fusedopt._C.instruction_sets()
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_none_before_the_first_step_and_without_a_limit(backend):
     """The norm needs a limit, the flag only a step."""
-    params = table.make_params(device=table.device_of(backend))
-    limited = table.run_fused(ADAM, params, backend, max_grad_norm=1.0)
-    plain = table.run_fused(ADAM, params, backend, skip_nonfinite=True, max_grad_norm_per_param=1.0)
+    params = cases.make_params(device=cases.device_of(backend))
+    limited = cases.run_fused(ADAM, params, backend, max_grad_norm=1.0)
+    plain = cases.run_fused(ADAM, params, backend, skip_nonfinite=True, max_grad_norm_per_param=1.0)
     for run in (limited, plain):
         assert run.optimizer.last_grad_norm is None
         assert run.optimizer.last_step_skipped is None
@@ -69,12 +69,12 @@ def test_none_before_the_first_step_and_without_a_limit(backend):
     assert limited.optimizer.last_grad_norm is None
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("shapes", ((), ((3,), (0,))), ids=("none", "missing"))
 def test_zero_without_gradients(backend, shapes):
     """No gradient at all, and then only an empty one."""
-    params = table.make_params(shapes or ((4,),), device=table.device_of(backend))
-    optimizer = table.make_fused(ADAM, params, backend, max_grad_norm=1.0, skip_nonfinite=True)
+    params = cases.make_params(shapes or ((4,),), device=cases.device_of(backend))
+    optimizer = cases.make_fused(ADAM, params, backend, max_grad_norm=1.0, skip_nonfinite=True)
     before = [param.detach().clone() for param in params]
     optimizer.step()
     assert optimizer.last_grad_norm.item() == 0.0
@@ -84,16 +84,16 @@ def test_zero_without_gradients(backend, shapes):
         optimizer.step()
         assert optimizer.last_grad_norm.item() == 0.0
         assert optimizer.state[params[1]]["step"] == 1
-    assert all(table.same_bits(a, b) for a, b in zip(params, before, strict=True))
+    assert all(cases.same_bits(a, b) for a, b in zip(params, before, strict=True))
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("poison", (math.inf, -math.inf, math.nan))
 @pytest.mark.parametrize("skip", (False, True))
 def test_inf_or_nan_on_a_bad_step(backend, poison, skip):
     """Inf gives inf and nan gives nan, skipped or not; the next good step gives its own norm."""
-    params = table.make_params(device=table.device_of(backend))
-    run = table.run_fused(ADAM, params, backend, max_grad_norm=1.0, skip_nonfinite=skip)
+    params = cases.make_params(device=cases.device_of(backend))
+    run = cases.run_fused(ADAM, params, backend, max_grad_norm=1.0, skip_nonfinite=skip)
     for param, grad in zip(run.params, make_grads(params, 1, poison=poison), strict=True):
         param.grad = grad
     run.optimizer.step()
@@ -104,14 +104,14 @@ def test_inf_or_nan_on_a_bad_step(backend, poison, skip):
     torch.testing.assert_close(run.optimizer.last_grad_norm, expected, rtol=1.2e-7, atol=0)
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_what_was_returned_never_changes(backend):
     """Neither norm nor flag shares memory with anything inside.
 
     And writing to them does nothing.
     """
-    params = table.make_params(device=table.device_of(backend))
-    run = table.run_fused(ADAM, params, backend, max_grad_norm=1.0, skip_nonfinite=True).steps(1)
+    params = cases.make_params(device=cases.device_of(backend))
+    run = cases.run_fused(ADAM, params, backend, max_grad_norm=1.0, skip_nonfinite=True).steps(1)
     norm, skipped = run.optimizer.last_grad_norm, run.optimizer.last_step_skipped
     kept = norm.item()
     for param in run.params:
@@ -128,19 +128,19 @@ def test_what_was_returned_never_changes(backend):
     assert run.optimizer.last_step_skipped
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_the_norm_is_after_value_and_per_parameter_clips(backend):
     """By hand: [30, 40] / 10 = [3, 4], clamped [3, 3.5], norm 4.61 clipped to 2; [1] / 10 stays.
 
     Together 2.0025.
     """
-    device = table.device_of(backend)
+    device = cases.device_of(backend)
     params = [
         torch.nn.Parameter(torch.zeros(2, device=device)),
         torch.nn.Parameter(torch.zeros(1, device=device)),
     ]
-    optimizer = table.make_fused(
-        table.TABLE["SGD"],
+    optimizer = cases.make_fused(
+        cases.TABLE["SGD"],
         params,
         backend,
         lr=1.0,
@@ -160,24 +160,24 @@ def test_the_norm_is_after_value_and_per_parameter_clips(backend):
     assert torch.cat([p.detach() for p in params]).tolist() == pytest.approx(expected, rel=3e-7)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("dtype", table.DTYPES, ids=str)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_the_norm_is_summed_in_float64(backend, dtype):
     """Very many equal gradients and a single large one.
 
     A float32 sum would be off by far more than the one rounding allowed.
     """
-    count = 10_001 if table.INTERPRETED else 100_001
-    param = torch.nn.Parameter(torch.zeros(count, dtype=dtype, device=table.device_of(backend)))
-    optimizer = table.make_fused(table.TABLE["SGD"], [param], backend, max_grad_norm=1.0)
+    count = 10_001 if cases.INTERPRETED else 100_001
+    param = torch.nn.Parameter(torch.zeros(count, dtype=dtype, device=cases.device_of(backend)))
+    optimizer = cases.make_fused(cases.TABLE["SGD"], [param], backend, max_grad_norm=1.0)
     param.grad = torch.full_like(param, 0.001)
     param.grad[5] = 60000.0 if dtype == torch.float16 else 1e6
     optimizer.step()
-    assert table.same_bits(optimizer.last_grad_norm.cpu(), param.grad.double().norm().float().cpu())
+    assert cases.same_bits(optimizer.last_grad_norm.cpu(), param.grad.double().norm().float().cpu())
     param.grad[5] = 0.001
     optimizer.step()
     # Sums of 1e5 numbers in float64 err by less than 1e-11, so only a tie could round otherwise.
-    assert table.same_bits(optimizer.last_grad_norm.cpu(), param.grad.double().norm().float().cpu())
+    assert cases.same_bits(optimizer.last_grad_norm.cpu(), param.grad.double().norm().float().cpu())
 
 
 def steps_with_everything(backend: str, layout: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -186,8 +186,8 @@ def steps_with_everything(backend: str, layout: str, dtype: torch.dtype) -> dict
     Returns parameters, states and norms.
     """
     shapes = ((40_000,), (1,), (0,), (129, 257), (17,), (3, 5, 7), *((64,),) * 50)
-    params = table.make_params(shapes, dtype, table.device_of(backend), layout)
-    run = table.run_fused(
+    params = cases.make_params(shapes, dtype, cases.device_of(backend), layout)
+    run = cases.run_fused(
         ADAM,
         params,
         backend,
@@ -198,7 +198,7 @@ def steps_with_everything(backend: str, layout: str, dtype: torch.dtype) -> dict
     )
     norms = {}
     for seed in range(3):
-        table.set_grads(run.params, seed)
+        cases.set_grads(run.params, seed)
         if seed == 1:
             run.params[3].grad[128, 256] = math.inf
         run.optimizer.step()
@@ -207,7 +207,7 @@ def steps_with_everything(backend: str, layout: str, dtype: torch.dtype) -> dict
     return norms | run.tensors()
 
 
-@pytest.mark.parametrize("backend", table.native_backends())
+@pytest.mark.parametrize("backend", cases.native_backends())
 @pytest.mark.parametrize("layout", ("contiguous", "misaligned", "every_second"))
 def test_same_bits_for_any_number_of_threads(backend, layout):
     """One, two and five threads, and the same again."""
@@ -218,48 +218,48 @@ def test_same_bits_for_any_number_of_threads(backend, layout):
     for count in (1, 2, 5):
         with threads(count):
             found = steps_with_everything(backend, layout, torch.float32)
-            table.assert_same_bits(found, expected)
+            cases.assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("name", instruction_sets())
-@pytest.mark.parametrize("dtype", table.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_same_bits_for_every_instruction_set(name, dtype):
     """The best one against each other one, contiguous and with gaps."""
     for layout in ("contiguous", "misaligned"):
         expected = steps_with_everything("cpu", layout, dtype)
         with instruction_set(name):
-            table.assert_same_bits(steps_with_everything("cpu", layout, dtype), expected)
+            cases.assert_same_bits(steps_with_everything("cpu", layout, dtype), expected)
 
 
-@pytest.mark.parametrize("backend", table.native_backends())
+@pytest.mark.parametrize("backend", cases.native_backends())
 def test_the_norm_does_not_depend_on_what_else_was_measured(backend):
     """A parameter without a gradient, or one that got it back.
 
     Changes nothing in the others' sums: stale numbers are not added.
     """
-    params = table.make_params(((50,), (60,), (70,)), device=table.device_of(backend))
-    fresh = table.run_fused(ADAM, params, backend, max_grad_norm=1.0)
-    used = table.run_fused(ADAM, params, backend, max_grad_norm=1.0).steps(2, scale=100.0)
+    params = cases.make_params(((50,), (60,), (70,)), device=cases.device_of(backend))
+    fresh = cases.run_fused(ADAM, params, backend, max_grad_norm=1.0)
+    used = cases.run_fused(ADAM, params, backend, max_grad_norm=1.0).steps(2, scale=100.0)
     for run in (fresh, used):
         for param, grad in zip(run.params, make_grads(params, 9, missing=[1]), strict=True):
             param.grad = grad
         run.optimizer.step()
-    assert table.same_bits(fresh.optimizer.last_grad_norm, used.optimizer.last_grad_norm)
+    assert cases.same_bits(fresh.optimizer.last_grad_norm, used.optimizer.last_grad_norm)
     expected = torch.cat([fresh.params[0].grad, fresh.params[2].grad])
     torch.testing.assert_close(
         fresh.optimizer.last_grad_norm, expected.double().norm().float(), rtol=1.2e-7, atol=0
     )
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_gradients_keep_their_bits(entry, backend):
     """Scaled, clamped, clipped twice.
 
     `.grad` is the same object with the same bits and version afterwards.
     """
-    params = table.make_params(device=table.device_of(backend))
-    run = table.run_fused(
+    params = cases.make_params(device=cases.device_of(backend))
+    run = cases.run_fused(
         entry, params, backend, max_grad_norm=0.1, max_grad_norm_per_param=0.1, max_grad_value=0.1
     )
     grads = make_grads(params, 1, 50.0)
@@ -273,5 +273,5 @@ def test_gradients_keep_their_bits(entry, backend):
         run.optimizer.step()
     for param, grad, copy, version in zip(run.params, held, copies, versions, strict=True):
         assert param.grad is grad
-        assert table.same_bits(grad, copy)
+        assert cases.same_bits(grad, copy)
         assert grad._version == version

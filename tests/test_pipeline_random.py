@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
+import cases
 import pytest
-import table
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -56,8 +56,8 @@ class History:
     """Plays steps on three twins: ours and the two references."""
 
     def __init__(self, entry, backend, dtype, groups, options) -> None:
-        device = table.device_of(backend)
-        params = table.make_params(SHAPES, dtype, device)
+        device = cases.device_of(backend)
+        params = cases.make_params(SHAPES, dtype, device)
         self.entry, self.backend, self.groups, self.options = entry, backend, groups, options
         self.trio = Trio(entry, backend, params, groups, options, skip_nonfinite=True, fused=True)
         self.scalers = {
@@ -70,9 +70,9 @@ class History:
     def reload(self) -> None:
         """Goes on in a new optimizer from a checkpoint."""
         old = self.trio.ours
-        own = table.copies(old.params)
+        own = cases.copies(old.params)
         groups = [{"params": own[i :: len(self.groups)]} for i in range(len(self.groups))]
-        fresh = table.make_fused(
+        fresh = cases.make_fused(
             self.entry,
             groups,
             self.backend,
@@ -81,7 +81,7 @@ class History:
             max_grad_norm=old.optimizer.max_grad_norm,
         )
         fresh.load_state_dict(old.optimizer.state_dict())
-        self.trio.ours = table.Run(own, fresh)
+        self.trio.ours = cases.Run(own, fresh)
 
     def play(self, seed: int, step) -> None:
         """One step with everything compared that can be at once."""
@@ -116,10 +116,10 @@ class History:
         trio.follow(grads, scale, bad, before)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @settings(
-    max_examples=2 if table.INTERPRETED else 15,
+    max_examples=2 if cases.INTERPRETED else 15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -131,7 +131,7 @@ def test_any_history_equals_separate_passes(entry, backend, data):
     With checkpoints in between.
     """
     dampening = {"dampening": 0.5} if entry.takes("dampening") else {}
-    options = table.gentle(entry) | dampening
+    options = cases.gentle(entry) | dampening
     history = History(entry, backend, data.draw(DTYPES), data.draw(GROUPS), options)
     for seed, step in enumerate(data.draw(STEPS)):
         history.play(seed, step)

@@ -7,8 +7,8 @@ import io
 import math
 import pickle
 
+import cases
 import pytest
-import table
 import torch
 from separate_passes import Trio, assert_untouched, bad_steps, make_grads, separate_step, snapshot
 
@@ -16,25 +16,25 @@ BAD = (math.inf, -math.inf, math.nan)
 #: Without those that stock torch cannot go on with: decoupled decay where torch has none.
 TORCH_CASES = [
     pytest.param(*case, id=name)
-    for case, name in zip(table.CASES["argvalues"], table.CASES["ids"], strict=True)
+    for case, name in zip(cases.CASES["argvalues"], cases.CASES["ids"], strict=True)
     if "decoupled" not in name or case[0].name in ("Adam", "AdamW")
 ]
 
 
-def set_grads(run: table.Run, grads) -> None:
+def set_grads(run: cases.Run, grads) -> None:
     """Gives a run copies of the gradients."""
     for param, grad in zip(run.params, grads, strict=True):
         param.grad = None if grad is None else grad.clone()
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry, options", **table.CASES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry, options", **cases.CASES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_training_with_skips_is_training_without_those_steps(entry, options, backend, dtype):
     """Bit for bit: ours with bad steps in between against ours that never saw them."""
-    params = table.make_params(dtype=dtype, device=table.device_of(backend))
-    skipping = table.run_fused(entry, params, backend, skip_nonfinite=True, **options)
-    plain = table.run_fused(entry, params, backend, **options)
+    params = cases.make_params(dtype=dtype, device=cases.device_of(backend))
+    skipping = cases.run_fused(entry, params, backend, skip_nonfinite=True, **options)
+    plain = cases.run_fused(entry, params, backend, **options)
     for step in range(6):
         bad = step in bad_steps(6) | {1}
         grads = make_grads(params, step, poison=BAD[step % 3] if bad else None)
@@ -47,17 +47,17 @@ def test_training_with_skips_is_training_without_those_steps(entry, options, bac
         else:
             set_grads(plain, grads)
             plain.optimizer.step()
-    table.assert_same_bits(skipping.tensors(), plain.tensors())
+    cases.assert_same_bits(skipping.tensors(), plain.tensors())
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("size, skips", [(3.4e38, False), (3.5e38, True)])
 def test_beyond_the_type_of_the_arithmetic(backend, size, skips):
     """Kernels would compute with inf where a wider gradient does not fit; torch's rules do not."""
     if backend == "cuda":
         pytest.skip("whether kernels or torch's rules take such a gradient depends on the build")
-    params = table.make_params([(5,)], device=table.device_of(backend))
-    run = table.run_fused(table.TABLE["SGD"], params, backend, skip_nonfinite=True, lr=1e-38)
+    params = cases.make_params([(5,)], device=cases.device_of(backend))
+    run = cases.run_fused(cases.TABLE["SGD"], params, backend, skip_nonfinite=True, lr=1e-38)
     run.params[0].grad_dtype = torch.float64
     run.params[0].grad = torch.full_like(run.params[0].detach(), size, dtype=torch.float64)
     run.optimizer.step()
@@ -65,7 +65,7 @@ def test_beyond_the_type_of_the_arithmetic(backend, size, skips):
     assert run.params[0].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("entry, options", TORCH_CASES)
 @pytest.mark.parametrize("skips", (1, 2))
 def test_checkpoint_right_after_a_skipped_first_step(entry, options, backend, skips):
@@ -73,8 +73,8 @@ def test_checkpoint_right_after_a_skipped_first_step(entry, options, backend, sk
 
     So does a reload into ours, a deepcopy and a pickle.
     """
-    params = table.make_params(device=table.device_of(backend))
-    ours = table.run_fused(entry, params, backend, skip_nonfinite=True, **options)
+    params = cases.make_params(device=cases.device_of(backend))
+    ours = cases.run_fused(entry, params, backend, skip_nonfinite=True, **options)
     for _ in range(skips):
         set_grads(ours, make_grads(params, 1, poison=math.nan))
         ours.optimizer.step()
@@ -87,28 +87,28 @@ def test_checkpoint_right_after_a_skipped_first_step(entry, options, backend, sk
         assert float(entries.get("step", 0)) == 0
 
     stock, untouched = (
-        table.run_stock(entry, params, **options),
-        table.run_stock(entry, params, **options),
+        cases.run_stock(entry, params, **options),
+        cases.run_stock(entry, params, **options),
     )
     stock.optimizer.load_state_dict(copy.deepcopy(saved))
-    again = table.run_fused(entry, params, backend, **options)
+    again = cases.run_fused(entry, params, backend, **options)
     again.optimizer.load_state_dict(copy.deepcopy(saved))
     twins = [ours, again]
     for clone in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
         optimizer = clone(ours.optimizer)
         own = [p for group in optimizer.param_groups for p in group["params"]]
-        twins.append(table.Run(own, optimizer))
+        twins.append(cases.Run(own, optimizer))
     for run in (stock, untouched, *twins):
         for seed in (2, 3, 4):
             set_grads(run, make_grads(params, seed))
             run.optimizer.step()
-    table.assert_same_bits(stock.tensors(), untouched.tensors())
+    cases.assert_same_bits(stock.tensors(), untouched.tensors())
     for run in twins[1:]:
-        table.assert_same_bits(run.tensors(), ours.tensors())
-    table.assert_close(ours.tensors(), stock.tensors())
+        cases.assert_same_bits(run.tensors(), ours.tensors())
+    cases.assert_close(ours.tensors(), stock.tensors())
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("nesterov", (False, True))
 def test_sgd_momentum_of_late_parameters_after_skips(backend, nesterov):
     """Each parameter's first applied gradient is its momentum, undampened.
@@ -117,8 +117,8 @@ def test_sgd_momentum_of_late_parameters_after_skips(backend, nesterov):
     """
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     options |= {"nesterov": True} if nesterov else {"dampening": 0.7}
-    params = table.make_params(((5,), (6,), (7,)), device=table.device_of(backend))
-    trio = Trio(table.TABLE["SGD"], backend, params, [{}], options, skip_nonfinite=True)
+    params = cases.make_params(((5,), (6,), (7,)), device=cases.device_of(backend))
+    trio = Trio(cases.TABLE["SGD"], backend, params, [{}], options, skip_nonfinite=True)
     missing = [(1, 2), (2,), (2,), (), (0,), ()]
     for step, absent in enumerate(missing):
         poison = math.inf if step in (0, 1, 3) else None
@@ -126,26 +126,26 @@ def test_sgd_momentum_of_late_parameters_after_skips(backend, nesterov):
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("dtype", table.DTYPES, ids=str)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("poison", BAD)
 def test_any_single_element_is_found(backend, dtype, poison):
     """At every place: vector body, tail, single elements, second tensor, second group.
 
     Under every clip.
     """
-    device = table.device_of(backend)
-    params = table.make_params(((67,), (), (0,), (3, 5)), dtype, device)
+    device = cases.device_of(backend)
+    params = cases.make_params(((67,), (), (0,), (3, 5)), dtype, device)
     groups = [{"params": params[:2], "max_grad_value": 1.0}, {"params": params[2:]}]
-    optimizer = table.make_fused(
-        table.TABLE["Adam"],
+    optimizer = cases.make_fused(
+        cases.TABLE["Adam"],
         groups,
         backend,
         skip_nonfinite=True,
         max_grad_norm=1.0,
         max_grad_norm_per_param=0.5,
     )
-    run = table.Run(params, optimizer)
+    run = cases.Run(params, optimizer)
     places = [(0, i) for i in (0, 1, 15, 31, 63, 64, 66)] + [(1, 0), (3, 0), (3, 14)]
     for which, at in places:
         set_grads(run, make_grads(params, 3))
@@ -159,17 +159,17 @@ def test_any_single_element_is_found(backend, dtype, poison):
     assert not optimizer.last_step_skipped
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("clip", (None, 1e-3), ids=("measure", "value"))
 def test_large_finite_gradients_are_no_overflow(backend, clip):
     """1e30 in float32 and 1e200 in float64.
 
     Their squares overflow their type, the step must not be skipped.
     """
-    device = table.device_of(backend)
+    device = cases.device_of(backend)
     params = [torch.nn.Parameter(torch.ones(100, device=device)) for _ in range(2)]
-    optimizer = table.make_fused(
-        table.TABLE["SGD"],
+    optimizer = cases.make_fused(
+        cases.TABLE["SGD"],
         params,
         backend,
         lr=1.0,
@@ -191,15 +191,15 @@ def test_large_finite_gradients_are_no_overflow(backend, clip):
     )
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_an_overflowing_sum_is_no_overflow(backend):
     """float64 gradients whose squares exceed float64.
 
     The norm is inf, but no element is, so the step is not skipped.
     """
-    param = torch.nn.Parameter(torch.ones(8, dtype=torch.float64, device=table.device_of(backend)))
-    optimizer = table.make_fused(
-        table.TABLE["SGD"], [param], backend, max_grad_norm=math.inf, skip_nonfinite=True
+    param = torch.nn.Parameter(torch.ones(8, dtype=torch.float64, device=cases.device_of(backend)))
+    optimizer = cases.make_fused(
+        cases.TABLE["SGD"], [param], backend, max_grad_norm=math.inf, skip_nonfinite=True
     )
     param.grad = torch.full_like(param, 1e200)
     optimizer.step()
@@ -208,14 +208,14 @@ def test_an_overflowing_sum_is_no_overflow(backend):
     assert float(param.detach()[0]) == pytest.approx(-1e197)
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_overflow_made_by_unscaling_is_no_raw_overflow(backend):
     """A tiny grad_scale makes finite gradients infinite.
 
     That is not what skip_nonfinite looks at.
     """
-    param = torch.nn.Parameter(torch.ones(4, device=table.device_of(backend)))
-    optimizer = table.make_fused(table.TABLE["SGD"], [param], backend, skip_nonfinite=True)
+    param = torch.nn.Parameter(torch.ones(4, device=cases.device_of(backend)))
+    optimizer = cases.make_fused(cases.TABLE["SGD"], [param], backend, skip_nonfinite=True)
     param.grad = torch.full_like(param, 1e30)
     optimizer.grad_scale = torch.tensor(1e-20, device=param.device)
     optimizer.step()
@@ -223,8 +223,8 @@ def test_overflow_made_by_unscaling_is_no_raw_overflow(backend):
     assert bool((param == -math.inf).all())
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("poison", BAD)
 @pytest.mark.parametrize("clips", ({}, {"max_grad_value": 0.5}, {"max_grad_norm_per_param": 0.5}))
 @pytest.mark.parametrize("limit", (None, 0.5))
@@ -233,7 +233,7 @@ def test_without_skip_inf_and_nan_propagate_as_in_torch(entry, backend, poison, 
 
     And the norm is inf or nan as torch's.
     """
-    params = table.make_params(((5,), (4, 2)), device=table.device_of(backend))
+    params = cases.make_params(((5,), (4, 2)), device=cases.device_of(backend))
     trio = Trio(entry, backend, params, [clips, {}], {"lr": 0.1}, max_grad_norm=limit)
     trio.step(make_grads(params, 1))
     trio.step(make_grads(params, 2, poison=poison))
@@ -242,59 +242,59 @@ def test_without_skip_inf_and_nan_propagate_as_in_torch(entry, backend, poison, 
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("flag", (0.0, 1.0, 2.0, 16.0, math.nan))
 def test_found_inf_counts_when_it_is_not_zero(entry, backend, flag):
     """Sums over devices give 2 and more; finite gradients are skipped all the same.
 
     Zero skips nothing.
     """
-    params = table.make_params(device=table.device_of(backend))
-    trio = Trio(entry, backend, params, [{}], table.richest(entry))
+    params = cases.make_params(device=cases.device_of(backend))
+    trio = Trio(entry, backend, params, [{}], cases.richest(entry))
     trio.step(make_grads(params, 1, 8.0), 8.0, flag)
     trio.step(make_grads(params, 2, 8.0), 8.0)
     trio.step(make_grads(params, 3, 8.0), 8.0, flag)
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_preset_attributes_as_plain_numbers(backend):
     """`grad_scale` and `found_inf` may be numbers or tensors of one element.
 
     And stay what they were.
     """
-    params = table.make_params(device=table.device_of(backend))
+    params = cases.make_params(device=cases.device_of(backend))
     runs = []
     for scale, flag in ((4.0, 0), (torch.tensor([4.0]), torch.tensor([0.0])), (4, None)):
-        run = table.run_fused(table.TABLE["Adam"], params, backend)
+        run = cases.run_fused(cases.TABLE["Adam"], params, backend)
         run.optimizer.grad_scale, run.optimizer.found_inf = scale, flag
         run.steps(2)
         assert run.optimizer.grad_scale is scale
         assert run.optimizer.found_inf is flag
         runs.append(run)
     for run in runs[1:]:
-        table.assert_same_bits(run.tensors(), runs[0].tensors())
+        cases.assert_same_bits(run.tensors(), runs[0].tensors())
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_without_skip_and_clip_a_bad_step_is_not_reported_as_skipped(backend):
     """`last_step_skipped` says what happened, not what the gradients were."""
-    run = table.run_fused(
-        table.TABLE["SGD"], table.make_params(device=table.device_of(backend)), backend
+    run = cases.run_fused(
+        cases.TABLE["SGD"], cases.make_params(device=cases.device_of(backend)), backend
     )
     set_grads(run, make_grads(run.params, 1, poison=math.nan))
     run.optimizer.step()
     assert not run.optimizer.last_step_skipped
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_skip_nonfinite_switched_on_and_off(entry, backend):
     """It is read at every step."""
-    params = table.make_params(((6,), (2, 2)), device=table.device_of(backend))
-    ours = table.run_fused(entry, params, backend)
-    stock = table.run_stock(entry, params)
+    params = cases.make_params(((6,), (2, 2)), device=cases.device_of(backend))
+    ours = cases.run_fused(entry, params, backend)
+    stock = cases.run_stock(entry, params)
     for step, (skip, poison) in enumerate(
         [(True, math.inf), (False, None), (True, None), (True, math.nan), (False, math.inf)]
     ):
@@ -303,7 +303,7 @@ def test_skip_nonfinite_switched_on_and_off(entry, backend):
         set_grads(ours, grads)
         ours.optimizer.step()
         separate_step(stock, grads, skip=skip and poison is not None)
-        table.assert_close(
+        cases.assert_close(
             {n: v.nan_to_num() for n, v in ours.tensors().items() if n.startswith("param")},
             {n: v.nan_to_num() for n, v in stock.tensors().items() if n.startswith("param")},
         )

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from table import Run, assert_same_bits, copies, make_params
+from cases import Run, assert_same_bits, copies, make_params
 
 from fusedopt.plain.optimizer import PlainOptimizer
 from fusedopt.plain.rule import PlainRule, Training

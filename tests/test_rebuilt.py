@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from table import (
+from cases import (
     ENTRIES,
     assert_close,
     backends,

@@ -8,8 +8,8 @@ import math
 import pickle
 import random
 
+import cases
 import pytest
-import table
 import torch
 from separate_passes import Trio, any_nonfinite, bad_steps, make_grads, snapshot
 
@@ -19,7 +19,7 @@ CLIPS = {"max_grad_value": 0.6, "max_grad_norm_per_param": 0.8}
 #: torch's unscale_ refuses float16 gradients.
 CASES = [
     (dtype, unscale_first)
-    for dtype in table.DTYPES
+    for dtype in cases.DTYPES
     for unscale_first in (False, True)
     if not (unscale_first and dtype == torch.float16)
 ]
@@ -33,7 +33,7 @@ def make_scaler(device: str, kind: type = fusedopt.GradScaler, **options) -> tor
     return scaler
 
 
-def set_grads(run: table.Run, grads) -> None:
+def set_grads(run: cases.Run, grads) -> None:
     """Gives a run copies of the gradients."""
     for param, grad in zip(run.params, grads, strict=True):
         param.grad = None if grad is None else grad.clone()
@@ -48,17 +48,17 @@ def forbid(monkeypatch) -> None:
     monkeypatch.setattr(torch, CHECK, never)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("dtype, unscale_first", CASES, ids=str)
 def test_steps_equal_separate_passes(entry, backend, dtype, unscale_first):
     """With clips, inf in the first, a middle and the last step, late gradients.
 
     And after the user's own unscale_.
     """
-    device = table.device_of(backend)
-    params = table.make_params(dtype=dtype, device=device)
-    options = table.gentle(entry)
+    device = cases.device_of(backend)
+    params = cases.make_params(dtype=dtype, device=device)
+    options = cases.gentle(entry)
     trio = Trio(entry, backend, params, [CLIPS, {}], options, max_grad_norm=0.9)
     scaler = make_scaler(device, growth_interval=3)
     for step in range(7):
@@ -76,25 +76,25 @@ def test_steps_equal_separate_passes(entry, backend, dtype, unscale_first):
     assert trio.ours.optimizer.skip_nonfinite is False
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("interval, growth, backoff", ((1, 2.0, 0.5), (3, 1.7, 0.3), (4, 3.0, 0.9)))
 def test_growth_and_backoff_are_torchs_to_the_bit(backend, interval, growth, backoff):
     """Hundreds of steps with random overflows.
 
     Scale, tracker and every parameter, against torch's scaler with the same optimizer.
     """
-    device = table.device_of(backend)
+    device = cases.device_of(backend)
     chance = random.Random(interval)
-    params = table.make_params(((3,), (2, 2)), device=device)
-    entry = table.TABLE["SGD"]
-    runs = [table.run_fused(entry, params, backend, momentum=0.9) for _ in range(2)]
+    params = cases.make_params(((3,), (2, 2)), device=device)
+    entry = cases.TABLE["SGD"]
+    runs = [cases.run_fused(entry, params, backend, momentum=0.9) for _ in range(2)]
     scalers = [
         make_scaler(
             device, kind, growth_interval=interval, growth_factor=growth, backoff_factor=backoff
         )
         for kind in (fusedopt.GradScaler, torch.amp.GradScaler)
     ]
-    for step in range(25 if table.INTERPRETED else 400):
+    for step in range(25 if cases.INTERPRETED else 400):
         poison = chance.choice((math.inf, math.nan)) if chance.random() < 0.25 else None
         grads = make_grads(params, step, poison=poison)
         for run, scaler in zip(runs, scalers, strict=True):
@@ -103,15 +103,15 @@ def test_growth_and_backoff_are_torchs_to_the_bit(backend, interval, growth, bac
             scaler.update()
         assert scalers[0].get_scale() == scalers[1].get_scale(), step
         assert scalers[0]._get_growth_tracker() == scalers[1]._get_growth_tracker(), step
-    table.assert_same_bits(runs[0].tensors(), runs[1].tensors())
+    cases.assert_same_bits(runs[0].tensors(), runs[1].tensors())
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_no_pass_of_its_own(entry, backend, monkeypatch):
     """Torch's check is never called for ours, good step or bad, and gradients are never written."""
-    device = table.device_of(backend)
-    run = table.run_fused(entry, table.make_params(device=device), backend)
+    device = cases.device_of(backend)
+    run = cases.run_fused(entry, cases.make_params(device=device), backend)
     scaler = make_scaler(device)
     forbid(monkeypatch)
     for poison in (math.inf, None, math.nan):
@@ -125,22 +125,22 @@ def test_no_pass_of_its_own(entry, backend, monkeypatch):
         scaler.unscale_(run.optimizer)
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("bad", [*itertools.product((False, True), repeat=3)], ids=str)
 def test_several_optimizers_under_one_scaler(backend, bad):
     """Two of ours and a stock one: each skips for itself, any of them backs the scale off.
 
     As under torch's scaler.
     """
-    device = table.device_of(backend)
-    params = table.make_params(((4,), (3, 2)), device=device)
+    device = cases.device_of(backend)
+    params = cases.make_params(((4,), (3, 2)), device=device)
     scales, tensors = [], []
     for kind in (fusedopt.GradScaler, torch.amp.GradScaler):
         sgd = {"momentum": 0.9, "dampening": 0.5, "fused": True}
         runs = [
-            table.run_fused(table.TABLE["SGD"], params, backend, **sgd),
-            table.run_stock(table.TABLE["Adam"], params),
-            table.run_fused(table.TABLE["RMSprop"], params, backend, max_grad_norm=1.0, fused=True),
+            cases.run_fused(cases.TABLE["SGD"], params, backend, **sgd),
+            cases.run_stock(cases.TABLE["Adam"], params),
+            cases.run_fused(cases.TABLE["RMSprop"], params, backend, max_grad_norm=1.0, fused=True),
         ]
         scaler = make_scaler(device, kind)
         for pattern in (bad, (False,) * 3, bad):
@@ -157,7 +157,7 @@ def test_several_optimizers_under_one_scaler(backend, bad):
         tensors.append([run.tensors() for run in runs])
     assert scales[:3] == scales[3:]
     for ours, torchs in zip(*tensors, strict=True):
-        table.assert_same_bits(ours, torchs)
+        cases.assert_same_bits(ours, torchs)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_several_optimizers_under_one_scaler(backend, bad):
 )
 def test_state_dict_interchanges(kinds):
     """In the middle of a run, both ways; and pickled or copied scalers go on."""
-    run = table.run_fused(table.TABLE["SGD"], table.make_params(((3,),)), "auto")
+    run = cases.run_fused(cases.TABLE["SGD"], cases.make_params(((3,),)), "auto")
     first = make_scaler("cpu", kinds[0], growth_interval=4)
     for step in range(6):
         set_grads(run, make_grads(run.params, step, poison=math.inf if step == 2 else None))
@@ -184,12 +184,12 @@ def test_state_dict_interchanges(kinds):
         assert second.state_dict() == first.state_dict() == third.state_dict()
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_disabled(backend, monkeypatch):
     """A disabled scaler is transparent: no scale, no skip, closures allowed, no check."""
-    device = table.device_of(backend)
+    device = cases.device_of(backend)
     forbid(monkeypatch)
-    run = table.run_fused(table.TABLE["SGD"], table.make_params(((3,),), device=device), backend)
+    run = cases.run_fused(cases.TABLE["SGD"], cases.make_params(((3,),), device=device), backend)
     scaler = fusedopt.GradScaler(device, enabled=False)
     loss = torch.ones((), device=device)
     assert scaler.scale(loss) is loss
@@ -203,20 +203,20 @@ def test_disabled(backend, monkeypatch):
     assert scaler.get_scale() == 1.0
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_errors_are_torchs(backend):
     """A closure, two steps, unscale_ twice or after step, update without step, no gradients.
 
     No scale yet.
     """
-    device = table.device_of(backend)
-    run = table.run_fused(table.TABLE["Adam"], table.make_params(device=device), backend)
+    device = cases.device_of(backend)
+    run = cases.run_fused(cases.TABLE["Adam"], cases.make_params(device=device), backend)
     with pytest.raises(AssertionError, match="_scale is None"):
         fusedopt.GradScaler(device).step(run.optimizer)
     scaler = make_scaler(device)
     with pytest.raises(AssertionError, match="No inf checks were recorded for this optimizer"):
         scaler.step(run.optimizer)
-    table.set_grads(run.params, 1)
+    cases.set_grads(run.params, 1)
     with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
         scaler.step(run.optimizer, closure=lambda: None)
     scaler.step(run.optimizer)
@@ -235,15 +235,15 @@ def test_errors_are_torchs(backend):
     assert run.optimizer.state[run.params[0]]["step"] == 2
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_an_error_in_the_step_leaves_optimizer_and_scaler_usable(backend):
     """A gradient that does not fit, then the corrected one under the same scaler."""
-    device = table.device_of(backend)
-    run = table.run_fused(table.TABLE["Adam"], table.make_params(((4,),), device=device), backend)
+    device = cases.device_of(backend)
+    run = cases.run_fused(cases.TABLE["Adam"], cases.make_params(((4,),), device=device), backend)
     scaler = make_scaler(device)
     calls = []
     hook = run.optimizer.register_step_pre_hook(lambda *args: calls.append(1) or 1 / 0)
-    table.set_grads(run.params, 1)
+    cases.set_grads(run.params, 1)
     with pytest.raises(ZeroDivisionError):
         scaler.step(run.optimizer)
     hook.remove()
@@ -255,15 +255,15 @@ def test_an_error_in_the_step_leaves_optimizer_and_scaler_usable(backend):
     assert scaler.get_scale() == 64.0
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_preset_grad_scale_is_multiplied_in(entry, backend):
     """As under torch's scaler, to the bit, for the first step and a bad one."""
-    device = table.device_of(backend)
-    params = table.make_params(device=device)
+    device = cases.device_of(backend)
+    params = cases.make_params(device=device)
     finished = []
     for kind in (fusedopt.GradScaler, torch.amp.GradScaler):
-        run = table.run_fused(entry, params, backend, max_grad_norm=0.9, fused=True)
+        run = cases.run_fused(entry, params, backend, max_grad_norm=0.9, fused=True)
         scaler = make_scaler(device, kind)
         for step in range(4):
             poison = math.inf if step == 2 else None
@@ -273,44 +273,44 @@ def test_preset_grad_scale_is_multiplied_in(entry, backend):
             assert not hasattr(run.optimizer, "grad_scale")
             scaler.update()
         finished.append(run.tensors())
-    table.assert_same_bits(*finished)
+    cases.assert_same_bits(*finished)
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_step_wrapped_by_scheduler_and_hooks(backend):
     """A scheduler's wrapper counts the call, hooks fire once, `step`'s value comes back."""
-    device = table.device_of(backend)
-    run = table.run_fused(table.TABLE["SGD"], table.make_params(((3,),), device=device), backend)
+    device = cases.device_of(backend)
+    run = cases.run_fused(cases.TABLE["SGD"], cases.make_params(((3,),), device=device), backend)
     schedule = torch.optim.lr_scheduler.StepLR(run.optimizer, 1)
     scaler = make_scaler(device)
     fired = []
     run.optimizer.register_step_pre_hook(lambda *args: fired.append("before"))
     run.optimizer.register_step_post_hook(lambda *args: fired.append("after"))
-    table.set_grads(run.params, 1)
+    cases.set_grads(run.params, 1)
     assert scaler.step(run.optimizer) is None
     schedule.step()
     assert fired == ["before", "after"]
     assert run.optimizer._opt_called
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_resume_in_the_middle(backend):
     """Optimizer and scaler through state_dict after a skipped step.
 
     The same bits as without the interruption.
     """
-    device = table.device_of(backend)
-    params = table.make_params(device=device)
+    device = cases.device_of(backend)
+    params = cases.make_params(device=device)
     finished = []
     for interrupted in (False, True):
-        run = table.run_fused(table.TABLE["Adam"], params, backend, max_grad_norm=0.5)
+        run = cases.run_fused(cases.TABLE["Adam"], params, backend, max_grad_norm=0.5)
         scaler = make_scaler(device)
         for step in range(8):
             if interrupted and step in (1, 5):
-                own = table.copies(run.params)
-                optimizer = table.make_fused(table.TABLE["Adam"], own, backend, max_grad_norm=0.5)
+                own = cases.copies(run.params)
+                optimizer = cases.make_fused(cases.TABLE["Adam"], own, backend, max_grad_norm=0.5)
                 optimizer.load_state_dict(run.optimizer.state_dict())
-                run = table.Run(own, optimizer)
+                run = cases.Run(own, optimizer)
                 saved, scaler = scaler.state_dict(), make_scaler(device, init_scale=2.0)
                 scaler.load_state_dict(saved)
             poison = math.inf if step in (0, 4) else None
@@ -318,18 +318,18 @@ def test_resume_in_the_middle(backend):
             scaler.step(run.optimizer)
             scaler.update()
         finished.append(run.tensors() | {"scale": torch.tensor(scaler.get_scale())})
-    table.assert_same_bits(*finished)
+    cases.assert_same_bits(*finished)
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_bad_gradients_hidden_by_a_clamp_are_found(backend):
     """The check is on raw elements.
 
     Max_grad_value turns inf into a number, the scaler must still back off.
     """
-    device = table.device_of(backend)
-    params = table.make_params(((5,), (40,)), device=device)
-    run = table.run_fused(table.TABLE["SGD"], params, backend, max_grad_value=1.0)
+    device = cases.device_of(backend)
+    params = cases.make_params(((5,), (40,)), device=device)
+    run = cases.run_fused(cases.TABLE["SGD"], params, backend, max_grad_value=1.0)
     scaler = make_scaler(device)
     set_grads(run, make_grads(params, 1, poison=-math.inf))
     scaler.step(run.optimizer)

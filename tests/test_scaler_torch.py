@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
+import cases
 import pytest
-import table
 import torch
 from separate_passes import (
     Trio,
@@ -47,8 +47,8 @@ def scaled_step(trio: Trio, scaler, grads, unscale_first: bool) -> None:
     trio.follow(grads, scale, any_nonfinite(grads), before)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("unscale_first", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
 def test_scaler_with_clips(entry, backend, unscale_first, dtype):
@@ -56,10 +56,10 @@ def test_scaler_with_clips(entry, backend, unscale_first, dtype):
 
     Late gradients; growth in between.
     """
-    device = table.device_of(backend)
-    params = table.make_params(dtype=dtype, device=device)
+    device = cases.device_of(backend)
+    params = cases.make_params(dtype=dtype, device=device)
     trio = Trio(
-        entry, backend, params, [CLIPS, {}], table.richest(entry), max_grad_norm=0.9, fused=True
+        entry, backend, params, [CLIPS, {}], cases.richest(entry), max_grad_norm=0.9, fused=True
     )
     scaler = make_scaler(device)
     for step in range(7):
@@ -70,16 +70,16 @@ def test_scaler_with_clips(entry, backend, unscale_first, dtype):
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_half_gradients_under_the_scaler(entry, backend):
     """float16 parameters: torch's unscale_ refuses them, its step with us does not.
 
     Judged by the oracle.
     """
-    device = table.device_of(backend)
-    params = table.make_params(dtype=torch.float16, device=device)
-    options = table.gentle(entry) | {"lr": 0.1}
+    device = cases.device_of(backend)
+    params = cases.make_params(dtype=torch.float16, device=device)
+    options = cases.gentle(entry) | {"lr": 0.1}
     trio = Trio(entry, backend, params, [{}], options, max_grad_norm=0.9, fused=True)
     scaler = make_scaler(device, init_scale=512.0)
     for step in range(5):
@@ -88,19 +88,19 @@ def test_half_gradients_under_the_scaler(entry, backend):
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_prior_unscale_gives_the_same_bits(entry, backend):
     """Powers of two: dividing beforehand or in our pass is the same arithmetic.
 
     So it is never done twice.
     """
-    device = table.device_of(backend)
-    params = table.make_params(device=device)
+    device = cases.device_of(backend)
+    params = cases.make_params(device=device)
     finished = []
     for unscale_first in (False, True):
         scaler = make_scaler(device, growth_interval=1000)
-        run = table.run_fused(entry, params, backend, max_grad_norm=0.9, fused=True)
+        run = cases.run_fused(entry, params, backend, max_grad_norm=0.9, fused=True)
         for step in range(4):
             for param, grad in zip(run.params, make_grads(params, step, 64.0), strict=True):
                 param.grad = grad
@@ -109,20 +109,20 @@ def test_prior_unscale_gives_the_same_bits(entry, backend):
             scaler.step(run.optimizer)
             scaler.update()
         finished.append(run.tensors())
-    table.assert_same_bits(*finished)
+    cases.assert_same_bits(*finished)
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("unscale_first", (False, True))
 def test_clipping_by_hand_between_unscale_and_step(entry, backend, unscale_first):
     """The loop as trainers write it, with ours in place of torch's.
 
     The same result as torch's to a few roundings.
     """
-    device = table.device_of(backend)
-    params = table.make_params(device=device)
-    ours, stock = table.run_fused(entry, params, backend), table.run_stock(entry, params)
+    device = cases.device_of(backend)
+    params = cases.make_params(device=device)
+    ours, stock = cases.run_fused(entry, params, backend), cases.run_stock(entry, params)
     for run in (ours, stock):
         scaler = make_scaler(device)
         for step in range(5):
@@ -137,23 +137,23 @@ def test_clipping_by_hand_between_unscale_and_step(entry, backend, unscale_first
                 torch.nn.utils.clip_grad_norm_(run.params, 1.0)
             scaler.step(run.optimizer)
             scaler.update()
-    table.assert_close(
+    cases.assert_close(
         {name: ours.tensors()[name] for name in stock.tensors()}, stock.tensors(), 4.0
     )
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("unscale_first", (False, True))
 def test_preset_grad_scale_is_multiplied_in(entry, backend, unscale_first):
     """A user's factor joins the scaler's (alone after unscale_).
 
     And both attributes are gone afterwards, as torch has it.
     """
-    device = table.device_of(backend)
-    params = table.make_params(device=device)
+    device = cases.device_of(backend)
+    params = cases.make_params(device=device)
     trio = Trio(
-        entry, backend, params, [CLIPS], table.richest(entry), max_grad_norm=0.9, fused=True
+        entry, backend, params, [CLIPS], cases.richest(entry), max_grad_norm=0.9, fused=True
     )
     scaler = make_scaler(device, growth_interval=1000)
     optimizer = trio.ours.optimizer
@@ -175,13 +175,13 @@ def test_preset_grad_scale_is_multiplied_in(entry, backend, unscale_first):
     trio.check()
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_errors_are_torchs(backend):
     """unscale_ twice, unscale_ after step, step twice, a closure, no gradients at update."""
-    device = table.device_of(backend)
-    run = table.run_fused(table.TABLE["Adam"], table.make_params(device=device), backend)
+    device = cases.device_of(backend)
+    run = cases.run_fused(cases.TABLE["Adam"], cases.make_params(device=device), backend)
     scaler = make_scaler(device)
-    table.set_grads(run.params, 1)
+    cases.set_grads(run.params, 1)
     with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
         scaler.step(run.optimizer, closure=lambda: None)
     scaler.unscale_(run.optimizer)
@@ -198,30 +198,30 @@ def test_errors_are_torchs(backend):
     assert run.optimizer.state[run.params[0]]["step"] == 1
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_disabled_scaler_is_transparent(backend):
     """Everything passes through, a closure too, and inf is nobody's business."""
-    device = table.device_of(backend)
-    params = table.make_params(device=device)
-    run, plain = (table.run_fused(table.TABLE["Adam"], params, backend) for _ in range(2))
+    device = cases.device_of(backend)
+    params = cases.make_params(device=device)
+    run, plain = (cases.run_fused(cases.TABLE["Adam"], params, backend) for _ in range(2))
     scaler = torch.amp.GradScaler(device, enabled=False)
     for seed in (1, 2):
         for one in (run, plain):
-            table.set_grads(one.params, seed)
+            cases.set_grads(one.params, seed)
         assert scaler.step(run.optimizer, closure=lambda: 5) == 5
         scaler.update()
         plain.optimizer.step()
-    table.assert_same_bits(run.tensors(), plain.tensors())
+    cases.assert_same_bits(run.tensors(), plain.tensors())
 
 
-@pytest.mark.parametrize("backend", table.backends())
-@pytest.mark.parametrize("entry", **table.ENTRIES)
+@pytest.mark.parametrize("backend", cases.backends())
+@pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_ours_and_stock_under_one_scaler(entry, backend):
     """Each is skipped by its own gradients; the scale backs off when either is bad."""
-    device = table.device_of(backend)
-    params = table.make_params(((4,), (3, 2)), device=device)
-    ours = table.run_fused(entry, params, backend, fused=True, **table.richest(entry))
-    stock = table.run_stock(entry, params, **table.richest(entry))
+    device = cases.device_of(backend)
+    params = cases.make_params(((4,), (3, 2)), device=device)
+    ours = cases.run_fused(entry, params, backend, fused=True, **cases.richest(entry))
+    stock = cases.run_stock(entry, params, **cases.richest(entry))
     scaler = make_scaler(device, growth_interval=1000)
     for step, bad in enumerate(("ours", "", "stock", "both", "")):
         scale = scaler.get_scale()
@@ -244,27 +244,27 @@ def test_ours_and_stock_under_one_scaler(entry, backend):
         assert scaler.get_scale() == (scale / 2 if bad else scale)
 
 
-@pytest.mark.parametrize("backend", table.backends())
+@pytest.mark.parametrize("backend", cases.backends())
 def test_real_loss_with_schedule_and_accumulation(backend):
     """A small model in bfloat16 autocast, two micro-batches a step, OneCycleLR wrapping `step`.
 
     Against stock torch.
     """
-    device = table.device_of(backend)
+    device = cases.device_of(backend)
     finished = []
     for entry_class in ("fused", "stock"):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
             torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
         ).to(device)
-        entry = table.TABLE["AdamW"]
+        entry = cases.TABLE["AdamW"]
         extras = {"max_grad_norm": 0.1, "backend": backend} if entry_class == "fused" else {}
         optimizer = getattr(entry, entry_class)(model.parameters(), lr=1e-2, **extras)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=12)
         scaler = make_scaler(device)
         for step in range(12):
             for micro in range(2):
-                x = table.random((32, 8), 100 * step + micro, device=device)
+                x = cases.random((32, 8), 100 * step + micro, device=device)
                 with torch.autocast(device, torch.bfloat16):
                     loss = (model(x) - x.sum(1, keepdim=True)).square().mean() / 2
                 if step == 4:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from table import (
+from cases import (
     ENTRIES,
     INTERPRETED,
     LAYOUTS,

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from table import (
+from cases import (
     CASES,
     COUNTING,
     ENTRIES,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
+import cases
 import pytest
-import table
 import torch
 from test_bits import instruction_set, instruction_sets, threads
 from torch import Tensor
@@ -18,7 +18,7 @@ LANES, ROWS = 16, 8
 STRIP = LANES * ROWS
 #: Heads and tails of strips and of pieces, none, one, and more than one piece of 16 Ki.
 SHAPES = ((1,), (0,), (15,), (16,), (129,), (1024,), (40, 77), (2 * 16384 + 4113,), *((3,),) * 9)
-BACKENDS = pytest.mark.parametrize("backend", table.native_backends())
+BACKENDS = pytest.mark.parametrize("backend", cases.native_backends())
 
 
 def add_neighbours(values: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ def wide_grads(params: list[Tensor], layout: str = "contiguous") -> list[Tensor]
     """Returns gradients of all magnitudes, so that every sum rounds."""
     grads = []
     for seed, param in enumerate(params):
-        values = table.random(param.shape, seed, torch.float64)
-        values *= torch.exp2(table.random(param.shape, seed + 1000, torch.float64) * 6).clamp(
+        values = cases.random(param.shape, seed, torch.float64)
+        values *= torch.exp2(cases.random(param.shape, seed + 1000, torch.float64) * 6).clamp(
             max=64
         )
-        grads.append(table.lay_out(values.to(param.dtype), layout).to(param.device))
+        grads.append(cases.lay_out(values.to(param.dtype), layout).to(param.device))
     return grads
 
 
@@ -75,8 +75,8 @@ def measure(
 ) -> None:
     """Takes a step and compares norm and coefficient with what they have to be."""
     scale = 3.0
-    params = table.make_params(SHAPES, dtype, table.device_of(backend), layout)
-    optimizer = table.make_fused(table.TABLE[name], params, backend, max_grad_norm=0.7, **limits)
+    params = cases.make_params(SHAPES, dtype, cases.device_of(backend), layout)
+    optimizer = cases.make_fused(cases.TABLE[name], params, backend, max_grad_norm=0.7, **limits)
     grads = wide_grads(params, layout)
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         param.grad = None if index % 5 == 4 else grad
@@ -94,7 +94,7 @@ def measure(
 
 
 @BACKENDS
-@pytest.mark.parametrize("dtype", table.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize(
     "limits",
     ({}, {"max_grad_value": 0.5}, {"max_grad_norm_per_param": 0.3, "max_grad_value": 2.0}),
@@ -120,8 +120,8 @@ def test_parameters_without_state_keep_their_place(backend):
     measure(backend, torch.float32, name="AdamW", max_grad_norm_per_param=0.3)
 
 
-@pytest.mark.parametrize("name", instruction_sets() if "cpu" in table.native_backends() else [])
-@pytest.mark.parametrize("dtype", table.DTYPES, ids=str)
+@pytest.mark.parametrize("name", instruction_sets() if "cpu" in cases.native_backends() else [])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_instruction_sets_and_threads(name, dtype):
     """The CPU's loops of every kind."""
     with instruction_set(name):
@@ -134,8 +134,8 @@ def test_instruction_sets_and_threads(name, dtype):
 @BACKENDS
 def test_an_infinite_multiplier_makes_no_nan(backend):
     """What pads a strip counts for nothing, whatever it would be multiplied by."""
-    param = torch.nn.Parameter(torch.zeros(5, device=table.device_of(backend)))
-    optimizer = table.make_fused(table.TABLE["SGD"], [param], backend, max_grad_norm=1.0)
+    param = torch.nn.Parameter(torch.zeros(5, device=cases.device_of(backend)))
+    optimizer = cases.make_fused(cases.TABLE["SGD"], [param], backend, max_grad_norm=1.0)
     param.grad = torch.ones_like(param)
     optimizer.grad_scale = torch.tensor(0.0, device=param.device)
     optimizer.step()

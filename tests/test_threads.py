@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from table import (
+from cases import (
     ENTRIES,
     INTERPRETED,
     TABLE,

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from table import (
+from cases import (
     ENTRIES,
     IN_TORCH,
     TABLE,

@@ -8,7 +8,7 @@ from array import array
 
 import pytest
 import torch
-from table import CASES, TABLE, make_params, set_grads
+from cases import CASES, TABLE, make_params, set_grads
 
 pytest.importorskip("triton")
 

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from table import (
+from cases import (
     ENTRIES,
     TABLE,
     assert_close,

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from table import (
+from cases import (
     ADAGRAD_MAKES_STATE,
     ENTRIES,
     TABLE,

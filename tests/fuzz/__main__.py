@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if emulated_cuda.EMULATED:
     emulated_cuda.install()
 
-from table import backends  # noqa: E402
+from cases import backends  # noqa: E402
 
 from .play import COMMAND, StoryError, play, shorten, story_of
 

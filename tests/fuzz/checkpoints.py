@@ -8,7 +8,7 @@ import pickle
 from random import Random
 
 import torch
-from table import copies
+from cases import copies
 from torch.nn import Parameter
 
 import fusedopt

@@ -6,7 +6,7 @@ import weakref
 from random import Random
 
 import torch
-from table import LAYOUTS, lay_out
+from cases import LAYOUTS, lay_out
 from torch import Tensor
 from torch.nn import Parameter
 

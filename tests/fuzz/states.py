@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from table import LAYOUTS, lay_out
+from cases import LAYOUTS, lay_out
 from torch import Tensor
 
 from .story import REALS

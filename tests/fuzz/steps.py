@@ -12,8 +12,8 @@ from random import Random
 from typing import Any
 
 import torch
+from cases import LAYOUTS, Run, lay_out, random
 from separate_passes import any_nonfinite, assert_norm, separate_step, stored_values
-from table import LAYOUTS, Run, lay_out, random
 from torch import Tensor
 from torch.nn import Parameter
 

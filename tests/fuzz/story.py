@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 import torch
-from table import LAYOUTS, NAMES, TABLE, Entry
+from cases import LAYOUTS, NAMES, TABLE, Entry
 
 REALS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COMPLEX = (torch.complex64, torch.complex128)

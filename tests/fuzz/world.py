@@ -11,9 +11,9 @@ from random import Random
 from typing import Any
 
 import torch
+from cases import Entry, Run, device_of, lay_out, random
 from compare import same_bits
 from machine import instruction_set, instruction_sets, threads
-from table import Entry, Run, device_of, lay_out, random
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -1,4 +1,4 @@
-"""The one table of optimizers that drives every test, and the helpers that the tests share.
+"""The optimizers that every test goes through, and the helpers that the tests share.
 
 Adding an optimizer to the tests is one `Entry` in `TABLE`. Plain torch (`make_stock`)
 says what is right, plain torch on float64 copies (`oracle`) says how wrong it may be.
