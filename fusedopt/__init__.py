@@ -11,6 +11,7 @@ from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
 from .grad_scaler import GradScaler
+from .lion import Lion
 from .rmsprop import RMSprop
 from .sgd import SGD
 
@@ -26,6 +27,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "GradScaler",
+    "Lion",
     "RMSprop",
     "__version__",
     "from_torch",

@@ -155,6 +155,17 @@ TABLE = {
             ("square_avg", "acc_delta"),
             {"plain": {"lr": 1.0}, "rho": {"rho": 0.5, "lr": 0.3, "eps": 1e-4}, **_DECAYS},
         ),
+        Entry(
+            "Lion",
+            ("exp_avg",),
+            {
+                "plain": {"lr": 1e-3},
+                "betas": {"betas": (0.3, 0.7), "lr": 1e-2},
+                "decay": {"weight_decay": 0.1},
+                "maximize": {"maximize": True, "weight_decay": 0.01},
+            },
+            has_step=False,
+        ),
     )
 }
 
