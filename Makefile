@@ -44,7 +44,7 @@ demo: $(VENV)/installed.stamp  ## train on real data with torch.optim and with f
 
 quick: $(VENV)/quick.stamp  ## ruff, mypy and a thin table of tests on the cpu and torch backends; no nvcc
 	$(BIN)/ruff check .
-	$(BIN)/mypy fusedopt
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --thin --backend=cpu --backend=torch
 
 test: lint test-cpp test-python  ## everything that has to pass
@@ -53,7 +53,7 @@ lint: $(VENV)/installed.stamp  ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
-	$(BIN)/mypy fusedopt
+	$(BIN)/mypy
 
 # In the CMake folder that the installation used: the objects are compiled already.
 test-cpp: $(VENV)/installed.stamp  ## the C++ tests, without torch

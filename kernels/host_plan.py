@@ -55,6 +55,11 @@ class HostPlan:
         state: the optimizer's state; it is read, never written.
     """
 
+    _found: list[_Found]
+    _grads: list[Tensor | None]
+    _addresses: list[int]
+    _kept: list[Any]
+
     def __init__(
         self,
         rule: str,
@@ -130,10 +135,7 @@ class HostPlan:
 
     def end(self) -> None:
         """Lets go of the step's tensors."""
-        self._found: list[_Found] = []
-        self._grads: list[Tensor | None] = []
-        self._addresses: list[int] = []
-        self._kept: list[Any] = []
+        self._found, self._grads, self._addresses, self._kept = [], [], [], []
 
     def _read_groups(self, param_groups: Any) -> list[GroupRow]:
         _routing.members_of(param_groups)  # raises for what is none

@@ -7,6 +7,7 @@ the device table.py reads them.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -82,7 +83,7 @@ class GroupRow(NamedTuple):
         return GROUP.pack(*self.hyper, *unused, *limits, address, _NUMBER_OF[dtype], self.variant)
 
 
-def variant_of(packed: bytes, group: int) -> int:
+def variant_of(packed: bytes | array[int], group: int) -> int:
     """The variant of one of the GroupRows that stand one behind the other."""
     variant: int = GROUP.unpack_from(packed, group * GROUP.size)[-1]
     return variant
