@@ -17,6 +17,7 @@ from targets import targets_of
 ROOT = Path(__file__).parent.parent
 PLOTS = ROOT / "docs" / "plots"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+OPENING = "<!-- opening:begin -->", "<!-- opening:end -->"
 
 #: The README shows these, where a machine has them; the page shows everything.
 _HEADLINES = {
@@ -29,6 +30,14 @@ _HEADLINES = {
     "RMSprop-bare-gpt2-float32": "RMSprop; GPT-2",
     "Adagrad-bare-gpt2-float32": "Adagrad; GPT-2",
     "Adadelta-bare-gpt2-float32": "Adadelta; GPT-2",
+    "Lion-bare-gpt2-float32": "Lion; GPT-2",
+}
+#: The README opens with these of the first machine.
+_OPENING = {
+    "AdamW-chain-gpt2-float32": "for unscaling, inf check, clipping, decay and AdamW of GPT-2",
+    "AdamW-chain-tiny1000-float32": "with 1000 small tensors instead",
+    "RMSprop-bare-gpt2-float32": "for RMSprop",
+    "Adadelta-bare-gpt2-float32": "for Adadelta",
 }
 
 
@@ -72,6 +81,20 @@ def headline_table(machine: Machine) -> str:
         )
     head = ["one step, float32", "fusedopt", "best of torch.optim", "speed-up"]
     return table(head, rows)
+
+
+def opening(machine: Machine) -> str:
+    """Returns the README's first figures: how many times as fast as the best of torch.optim."""
+    ratios = []
+    for case, label in _OPENING.items():
+        cell = machine.cell(case)
+        ours, other = _ours(machine, cell), best(cell, TORCH)
+        if ours is not None and other is not None:
+            ratios.append(f"{_digits(speed_up(ours, other))} times {label}")
+    return (
+        f"A step is faster than the best of torch.optim ({machine.name}):\n"
+        f"{', '.join(ratios)} ([all figures](#how-fast))."
+    )
 
 
 def target_table(machine: Machine) -> str:
@@ -212,6 +235,7 @@ def write_all() -> None:
         return
     PLOTS.mkdir(parents=True, exist_ok=True)
     blocks = {"README.md": readme_block, "docs/performance.md": page_block}
+    insert(ROOT / "README.md", opening(machines[0]), *OPENING)
     for name, make in blocks.items():
         if insert(ROOT / name, make(machines)):
             print(f"wrote the tables of {name}")

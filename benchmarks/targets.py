@@ -92,6 +92,9 @@ def _cpu() -> Iterator[Target]:
             (0.9, 1.0),
             _share(f"{case}-float32", ours, "inplace_gb_per_s"),
         )
+    in_place = _share("Lion-bare-gpt2-float32", ours, "inplace_gb_per_s")
+    lion = f"Lion, {_GPT2}, bytes per second"
+    yield _row(lion, "memory updated in place", (0.9, 1.0), in_place)
     best_torch = ratio("SGD-bare-gpt2", TORCH)
     yield _row(f"SGD with momentum, {_GPT2}", "best of torch", (2.0, 2.4), best_torch)
     for name, bounds in (("RMSprop", (3.0, 3.2)), ("Adadelta", (6.0, 7.0))):
