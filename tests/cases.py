@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt import backends as library_backends
+from fusedopt.plain.rule import PlainRule
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: Shapes that between them have vector bodies, tails, several dimensions, one element and none.
@@ -64,14 +65,19 @@ class Entry:
         return {"foreach": False} if self.takes("foreach") else {}
 
     @property
+    def rule(self) -> PlainRule:
+        """What binds our class to its kernels and to the plain class."""
+        return self.fused._rule
+
+    @property
     def decouples(self) -> bool:
         """Whether the plain class knows decoupled weight decay."""
-        return self.fused._rule.always_decouples or self.takes("decoupled_weight_decay")
+        return self.rule.always_decouples or self.takes("decoupled_weight_decay")
 
     @property
     def stock(self) -> type[torch.optim.Optimizer]:
         """The plain class: torch's, or ours of what torch lacks."""
-        return self.fused._rule.plain
+        return self.rule.plain
 
     @property
     def fused(self) -> Any:

@@ -100,7 +100,7 @@ def make(entry, which: str, **extras) -> Training:
     """Returns a training with torch's optimizer or with ours."""
     options = richest(entry)
     if which == "stock":
-        return Training(entry.stock, foreach=False, **options)
+        return Training(entry.stock, **entry.serial, **options)
     return Training(entry.fused, **options, **extras)
 
 

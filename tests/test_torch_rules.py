@@ -186,7 +186,7 @@ def test_gradients_of_another_type(entry):
     """Rules that mix them with a state by lerp refuse them, the others take them, as torch's do."""
     outcomes = []
     for kind in (entry.stock, entry.fused):
-        extras = {"backend": "torch"} if kind is entry.fused else {"foreach": False}
+        extras = {"backend": "torch"} if kind is entry.fused else entry.serial
         params = make_params([(4,), (5,)], torch.float64)
         run = Run(params, kind(params, **{**richest(entry), "weight_decay": 0.0}, **extras))
         run.steps(1)
