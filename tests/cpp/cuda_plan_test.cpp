@@ -222,7 +222,7 @@ void test_errors() {
 
 // A launch cannot be called back: when a later one fails, the error says what that leaves.
 void test_half_a_step() {
-  Sgd problem(1, {make_group(0.1)}, {{10, cuda::kTypeCombos[0]}, {10, cuda::kTypeCombos[1]}}, 128);
+  Sgd problem(1, {make_group(0.1)}, {{10, cuda::kUsualTypes[0]}, {10, cuda::kUsualTypes[1]}}, 128);
   problem.fill(1);
   cuda::DevicePlan plan(kSgd, 0, problem.table(), device_memory, 0);
   StepControl control{};
