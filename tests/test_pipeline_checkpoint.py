@@ -37,10 +37,7 @@ def step(trio: Trio, seed: int) -> None:
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("at", range(5))
 def test_resume_in_the_middle(entry, backend, at):
-    """Ours into ours after any step: the same bits as without the interruption.
-
-    Torch's separate passes agree.
-    """
+    """Ours into ours after any step has the bits of an uninterrupted run; torch's passes agree."""
     params = cases.make_params(device=cases.device_of(backend))
     trio = Trio(entry, backend, params, [CLIPS, {}], cases.richest(entry), **EXTRAS)
     straight = Trio(entry, backend, params, [CLIPS, {}], cases.richest(entry), **EXTRAS)
@@ -63,10 +60,7 @@ def test_resume_in_the_middle(entry, backend, at):
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("at", (1, 3, 4))
 def test_stock_checkpoint_into_ours_keeps_the_clips(entry, backend, at):
-    """A torch checkpoint knows nothing of our keys.
-
-    Each live group keeps its own, and the optimizer its settings.
-    """
+    """Of what a torch checkpoint does not know, groups and optimizer keep their own."""
     params = cases.make_params(device=cases.device_of(backend))
     trio = Trio(entry, backend, params, [CLIPS, {}], cases.richest(entry), **EXTRAS)
     for seed in range(at):
@@ -93,10 +87,7 @@ def test_stock_checkpoint_into_ours_keeps_the_clips(entry, backend, at):
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("at", (1, 2, 4))
 def test_our_checkpoint_into_stock(entry, backend, at):
-    """Stock torch takes it as its own and goes on with separate passes.
-
-    Also right after a skipped step.
-    """
+    """Stock torch takes it as its own and goes on, also right after a skipped step."""
     params = cases.make_params(device=cases.device_of(backend))
     trio = Trio(entry, backend, params, [CLIPS, {}], cases.richest(entry), **EXTRAS)
     for seed in range(at):
@@ -135,10 +126,7 @@ def test_a_checkpoint_with_our_keys_sets_them():
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("clone", (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))))
 def test_copies_keep_settings_and_the_amp_flag(entry, backend, clone):
-    """Deepcopy and pickle, before, after and between skipped steps.
-
-    They go on with the same bits.
-    """
+    """Deepcopies and pickles go on with the same bits, wherever skipped steps fall."""
     params = cases.make_params(device=cases.device_of(backend))
     options = {
         **CLIPS,

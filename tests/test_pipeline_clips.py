@@ -35,10 +35,7 @@ def mixed_params(device: str) -> list[torch.nn.Parameter]:
 
 
 def train(trio: Trio, scale: float, poison: float, missing_late: bool = True) -> None:
-    """Steps with overflows in the first, a middle and the last step.
-
-    And gradients that come late or stay out.
-    """
+    """Steps with overflows first, midway and last, and gradients that come late or stay out."""
     count = len(trio.ours.params)
     for step in range(STEPS):
         missing = {1: {0, count - 1}, 2: {3}}.get(step, {count - 1} if step < 3 else set())
@@ -82,10 +79,7 @@ def test_all_types_share_one_norm(entry, backend):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("entry, options", **cases.CASES)
 def test_every_variant(entry, options, backend):
-    """All hyperparameters of the table, maximize and decoupled decay among them.
-
-    Under the global clip.
-    """
+    """All hyperparameters of the list under the global clip, maximize and decoupled decay too."""
     params = cases.make_params(device=cases.device_of(backend))
     trio = Trio(entry, backend, params, [{}], options, max_grad_norm=2.0, skip_nonfinite=True)
     train(trio, 1.0, math.inf)
@@ -111,10 +105,7 @@ def test_clips_differ_per_group(entry, backend):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_a_group_added_later_joins_the_norm(entry, backend):
-    """A group of add_param_group has its own clips and the defaults for the rest.
-
-    From its first step on.
-    """
+    """It has its own clips, and the defaults for the rest, from its first step on."""
     device = cases.device_of(backend)
     params = cases.make_params(((9,), (3, 3)), device=device)
     trio = Trio(entry, backend, params, [{}], {"lr": 0.1}, max_grad_norm=0.8)
@@ -207,10 +198,7 @@ def test_limits_changed_between_steps_count_at_once(backend, factors):
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("grad_layout", cases.LAYOUTS)
 def test_layouts_do_not_change_the_norm(backend, layout, grad_layout):
-    """Parameters and gradients with strides of their own.
-
-    Bits of the parameters as with contiguous ones.
-    """
+    """Strides of their own give parameters the bits that contiguous ones have."""
     device = cases.device_of(backend)
     shapes = ((5, 6), (2, 3, 4, 5), (33,))
     finished = []
@@ -231,10 +219,7 @@ def test_layouts_do_not_change_the_norm(backend, layout, grad_layout):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_gradients_of_another_type_than_the_parameter(backend):
-    """float32 parameters with bfloat16 and float16 gradients.
-
-    The norm is that of the gradients as they are.
-    """
+    """The norm of half gradients of float32 parameters is that of the gradients as they are."""
     params = cases.make_params(((40,), (3, 5)), device=cases.device_of(backend))
     trio = Trio(cases.TABLE["SGD"], backend, params, [{"max_grad_value": 1.2}], max_grad_norm=0.5)
     for seed, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32, torch.float16)):

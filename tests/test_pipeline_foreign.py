@@ -49,10 +49,7 @@ def separately_clipped(params, scale, value, own, limit):
 @pytest.mark.parametrize("own", (None, 0.7))
 @pytest.mark.parametrize("limit", (None, 0.9))
 def test_sparse_gradients_share_the_norm(backend, name, value, own, limit):
-    """Coalesced values count; the dense neighbour is clipped by the same global norm.
-
-    Gradients stay as they are.
-    """
+    """Coalesced values count beside a dense neighbour, and gradients stay as they are."""
     if cases.device_of(backend) != "cpu":
         pytest.skip("the reference below is on the CPU")
     entry = cases.TABLE[name]
@@ -146,10 +143,7 @@ def test_complex_gradients_have_no_order_to_clamp_by(backend):
 @pytest.mark.parametrize("bad", (0, 1, 2))
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_one_bad_gradient_skips_all(entry, backend, bad):
-    """Inf in a native, a complex or another group's parameter leaves all of them.
-
-    States included, untouched.
-    """
+    """Inf in a native, a complex or another group's parameter leaves all and their states."""
     device = cases.device_of(backend)
     params = [
         torch.nn.Parameter(cases.random((4,), 1, device=device)),
@@ -202,10 +196,7 @@ def test_one_bad_gradient_skips_sparse_and_dense(backend, name, bad):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_differentiable_groups_are_clipped(entry, backend):
-    """The step of a differentiable optimizer under scale, clips and skip flag.
-
-    Its gradients come from a graph.
-    """
+    """Under scale, clips and skip flag, with gradients that come from a graph."""
     params = cases.make_params(((4,), (2, 3)), device=cases.device_of(backend))
     ours = cases.copies(params)
     stock = cases.run_stock(entry, params)
@@ -289,10 +280,7 @@ def test_a_local_norm_over_dtensors_is_refused(limits, monkeypatch):
 @pytest.mark.parametrize("backend", ("auto", "torch"))
 @pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: next(iter(limits)))
 def test_a_local_norm_over_fsdp_flat_parameters_is_refused(limits, backend):
-    """FSDP1's flat parameters are of type Parameter, told apart by an attribute.
-
-    Isinstance knows it.
-    """
+    """FSDP1's flat parameters are of type Parameter, but `isinstance` tells them apart."""
     shard = FlatParameter(torch.ones(3))
     assert isinstance(shard, FlatParameter)
     shard.grad = torch.ones(3)
@@ -314,10 +302,7 @@ def test_flat_parameters_without_a_norm_are_updated():
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_native_parameters_beside_foreign_ones_equal_torch(entry, backend):
-    """Shared memory sends two of four parameters to torch's rules.
-
-    Scale, clips and skips as for all others.
-    """
+    """Two of four share memory and take torch's rules, under scale, clips and skips like all."""
     storage = cases.random((20,), 5, device=cases.device_of(backend))
     params = [
         *cases.make_params(((7,), (2, 2)), device=cases.device_of(backend)),

@@ -70,10 +70,7 @@ def test_refused_by_add_param_group(entry, name, value):
 @pytest.mark.parametrize("name", ("max_grad_norm", "skip_nonfinite", "backend"))
 @pytest.mark.parametrize("value", (None, 1.0))
 def test_settings_of_the_whole_optimizer_are_refused_in_groups(name, value):
-    """In the constructor and later, whatever the value.
-
-    They are not in the groups or the defaults either.
-    """
+    """In the constructor and later, whatever the value; groups and defaults lack them too."""
     optimizer = cases.TABLE["SGD"].fused(params(), max_grad_norm=1.0)
     assert name not in optimizer.defaults
     assert name not in optimizer.param_groups[0]
@@ -114,10 +111,7 @@ def test_a_limit_spoiled_later_is_refused_by_the_step(backend, name, value):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("value", (-1.0, 0.0, math.nan))
 def test_a_norm_limit_spoiled_later_does_not_pass_silently(backend, value):
-    """`optimizer.max_grad_norm` checks what is assigned to it.
-
-    A senseless one must not mean "no clipping" or turn gradients around.
-    """
+    """A senseless limit means neither "no clipping" nor gradients turned around."""
     own = cases.make_params(((2,), (3,)), device=cases.device_of(backend))
     run = cases.run_fused(cases.TABLE["SGD"], own, backend, max_grad_norm=1.0).steps(1)
     before = {key: tensor.clone() for key, tensor in run.tensors().items()}

@@ -106,10 +106,7 @@ def test_inf_or_nan_on_a_bad_step(backend, poison, skip):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_what_was_returned_never_changes(backend):
-    """Neither norm nor flag shares memory with anything inside.
-
-    And writing to them does nothing.
-    """
+    """Norm and flag share memory with nothing inside, so writing to them does nothing."""
     params = cases.make_params(device=cases.device_of(backend))
     run = cases.run_fused(ADAM, params, backend, max_grad_norm=1.0, skip_nonfinite=True).steps(1)
     norm, skipped = run.optimizer.last_grad_norm, run.optimizer.last_step_skipped
@@ -130,10 +127,7 @@ def test_what_was_returned_never_changes(backend):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_the_norm_is_after_value_and_per_parameter_clips(backend):
-    """By hand: [30, 40] / 10 = [3, 4], clamped [3, 3.5], norm 4.61 clipped to 2; [1] / 10 stays.
-
-    Together 2.0025.
-    """
+    """[30, 40] / 10 is clamped to [3, 3.5], its norm 4.61 clipped to 2; with [1] / 10: 2.0025."""
     device = cases.device_of(backend)
     params = [
         torch.nn.Parameter(torch.zeros(2, device=device)),
@@ -163,10 +157,7 @@ def test_the_norm_is_after_value_and_per_parameter_clips(backend):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_the_norm_is_summed_in_float64(backend, dtype):
-    """Very many equal gradients and a single large one.
-
-    A float32 sum would be off by far more than the one rounding allowed.
-    """
+    """A float32 sum of many equal gradients and a large one would be off by many roundings."""
     count = 10_001 if cases.INTERPRETED else 100_001
     param = torch.nn.Parameter(torch.zeros(count, dtype=dtype, device=cases.device_of(backend)))
     optimizer = cases.make_fused(cases.TABLE["SGD"], [param], backend, max_grad_norm=1.0)
@@ -181,10 +172,7 @@ def test_the_norm_is_summed_in_float64(backend, dtype):
 
 
 def steps_with_everything(backend: str, layout: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Three clipped steps over tensors of many sizes, with a skipped one.
-
-    Returns parameters, states and norms.
-    """
+    """Returns what three clipped steps over many sizes leave, a skipped one among them."""
     shapes = ((40_000,), (1,), (0,), (129, 257), (17,), (3, 5, 7), *((64,),) * 50)
     params = cases.make_params(shapes, dtype, cases.device_of(backend), layout)
     run = cases.run_fused(
@@ -233,10 +221,7 @@ def test_same_bits_for_every_instruction_set(name, dtype):
 
 @pytest.mark.parametrize("backend", cases.native_backends())
 def test_the_norm_does_not_depend_on_what_else_was_measured(backend):
-    """A parameter without a gradient, or one that got it back.
-
-    Changes nothing in the others' sums: stale numbers are not added.
-    """
+    """A gradient that is missing, or came back, changes nothing in the others' sums."""
     params = cases.make_params(((50,), (60,), (70,)), device=cases.device_of(backend))
     fresh = cases.run_fused(ADAM, params, backend, max_grad_norm=1.0)
     used = cases.run_fused(ADAM, params, backend, max_grad_norm=1.0).steps(2, scale=100.0)
@@ -254,10 +239,7 @@ def test_the_norm_does_not_depend_on_what_else_was_measured(backend):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_gradients_keep_their_bits(entry, backend):
-    """Scaled, clamped, clipped twice.
-
-    `.grad` is the same object with the same bits and version afterwards.
-    """
+    """After scaling, clamp and two clips `.grad` is the same object, with its bits and version."""
     params = cases.make_params(device=cases.device_of(backend))
     run = cases.run_fused(
         entry, params, backend, max_grad_norm=0.1, max_grad_norm_per_param=0.1, max_grad_value=0.1

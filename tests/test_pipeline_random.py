@@ -126,10 +126,7 @@ class History:
 )
 @given(data=st.data())
 def test_any_history_equals_separate_passes(entry, backend, data):
-    """Steps with any pattern of gradients, overflows, scalers and clips.
-
-    With checkpoints in between.
-    """
+    """Any pattern of gradients, overflows, scalers and clips, with checkpoints in between."""
     dampening = {"dampening": 0.5} if entry.takes("dampening") else {}
     options = cases.gentle(entry) | dampening
     history = History(entry, backend, data.draw(DTYPES), data.draw(GROUPS), options)

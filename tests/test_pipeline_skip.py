@@ -69,10 +69,7 @@ def test_beyond_the_type_of_the_arithmetic(backend, size, skips):
 @pytest.mark.parametrize("entry, options", TORCH_CASES)
 @pytest.mark.parametrize("skips", (1, 2))
 def test_checkpoint_right_after_a_skipped_first_step(entry, options, backend, skips):
-    """Loaded into stock torch it goes on as if nothing had happened.
-
-    So does a reload into ours, a deepcopy and a pickle.
-    """
+    """Stock torch, a reload into ours, a deepcopy and a pickle go on as if nothing had happened."""
     params = cases.make_params(device=cases.device_of(backend))
     ours = cases.run_fused(entry, params, backend, skip_nonfinite=True, **options)
     for _ in range(skips):
@@ -111,10 +108,7 @@ def test_checkpoint_right_after_a_skipped_first_step(entry, options, backend, sk
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("nesterov", (False, True))
 def test_sgd_momentum_of_late_parameters_after_skips(backend, nesterov):
-    """Each parameter's first applied gradient is its momentum, undampened.
-
-    Wherever the skips fall.
-    """
+    """Each parameter's first applied gradient is its momentum, undampened, after any skips."""
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     options |= {"nesterov": True} if nesterov else {"dampening": 0.7}
     params = cases.make_params(((5,), (6,), (7,)), device=cases.device_of(backend))
@@ -130,10 +124,7 @@ def test_sgd_momentum_of_late_parameters_after_skips(backend, nesterov):
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("poison", BAD)
 def test_any_single_element_is_found(backend, dtype, poison):
-    """At every place: vector body, tail, single elements, second tensor, second group.
-
-    Under every clip.
-    """
+    """In vector body, tail, single elements, second tensor and second group, under every clip."""
     device = cases.device_of(backend)
     params = cases.make_params(((67,), (), (0,), (3, 5)), dtype, device)
     groups = [{"params": params[:2], "max_grad_value": 1.0}, {"params": params[2:]}]
@@ -162,10 +153,7 @@ def test_any_single_element_is_found(backend, dtype, poison):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("clip", (None, 1e-3), ids=("measure", "value"))
 def test_large_finite_gradients_are_no_overflow(backend, clip):
-    """1e30 in float32 and 1e200 in float64.
-
-    Their squares overflow their type, the step must not be skipped.
-    """
+    """The squares of 1e30 in float32 and 1e200 in float64 overflow, but the step is not skipped."""
     device = cases.device_of(backend)
     params = [torch.nn.Parameter(torch.ones(100, device=device)) for _ in range(2)]
     optimizer = cases.make_fused(
@@ -193,10 +181,7 @@ def test_large_finite_gradients_are_no_overflow(backend, clip):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_an_overflowing_sum_is_no_overflow(backend):
-    """float64 gradients whose squares exceed float64.
-
-    The norm is inf, but no element is, so the step is not skipped.
-    """
+    """The norm of float64 gradients may be inf though no element is: that skips nothing."""
     param = torch.nn.Parameter(torch.ones(8, dtype=torch.float64, device=cases.device_of(backend)))
     optimizer = cases.make_fused(
         cases.TABLE["SGD"], [param], backend, max_grad_norm=math.inf, skip_nonfinite=True
@@ -210,10 +195,7 @@ def test_an_overflowing_sum_is_no_overflow(backend):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_overflow_made_by_unscaling_is_no_raw_overflow(backend):
-    """A tiny grad_scale makes finite gradients infinite.
-
-    That is not what skip_nonfinite looks at.
-    """
+    """What a tiny grad_scale makes infinite is not what skip_nonfinite looks at."""
     param = torch.nn.Parameter(torch.ones(4, device=cases.device_of(backend)))
     optimizer = cases.make_fused(cases.TABLE["SGD"], [param], backend, skip_nonfinite=True)
     param.grad = torch.full_like(param, 1e30)
@@ -229,10 +211,7 @@ def test_overflow_made_by_unscaling_is_no_raw_overflow(backend):
 @pytest.mark.parametrize("clips", ({}, {"max_grad_value": 0.5}, {"max_grad_norm_per_param": 0.5}))
 @pytest.mark.parametrize("limit", (None, 0.5))
 def test_without_skip_inf_and_nan_propagate_as_in_torch(entry, backend, poison, clips, limit):
-    """Every element that torch makes inf or nan is so with us.
-
-    And the norm is inf or nan as torch's.
-    """
+    """Every element that torch makes inf or nan is so with us, and the norm is as torch's."""
     params = cases.make_params(((5,), (4, 2)), device=cases.device_of(backend))
     trio = Trio(entry, backend, params, [clips, {}], {"lr": 0.1}, max_grad_norm=limit)
     trio.step(make_grads(params, 1))
@@ -246,10 +225,7 @@ def test_without_skip_inf_and_nan_propagate_as_in_torch(entry, backend, poison, 
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("flag", (0.0, 1.0, 2.0, 16.0, math.nan))
 def test_found_inf_counts_when_it_is_not_zero(entry, backend, flag):
-    """Sums over devices give 2 and more; finite gradients are skipped all the same.
-
-    Zero skips nothing.
-    """
+    """Sums over devices give 2 and more, which skip finite gradients; zero skips nothing."""
     params = cases.make_params(device=cases.device_of(backend))
     trio = Trio(entry, backend, params, [{}], cases.richest(entry))
     trio.step(make_grads(params, 1, 8.0), 8.0, flag)
@@ -260,10 +236,7 @@ def test_found_inf_counts_when_it_is_not_zero(entry, backend, flag):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_preset_attributes_as_plain_numbers(backend):
-    """`grad_scale` and `found_inf` may be numbers or tensors of one element.
-
-    And stay what they were.
-    """
+    """`grad_scale` and `found_inf` may be numbers or one element, and stay what they were."""
     params = cases.make_params(device=cases.device_of(backend))
     runs = []
     for scale, flag in ((4.0, 0), (torch.tensor([4.0]), torch.tensor([0.0])), (4, None)):

@@ -52,10 +52,7 @@ def forbid(monkeypatch) -> None:
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("dtype, unscale_first", CASES, ids=str)
 def test_steps_equal_separate_passes(entry, backend, dtype, unscale_first):
-    """With clips, inf in the first, a middle and the last step, late gradients.
-
-    And after the user's own unscale_.
-    """
+    """With clips, inf first, midway and last, late gradients, and after the user's unscale_."""
     device = cases.device_of(backend)
     params = cases.make_params(dtype=dtype, device=device)
     options = cases.gentle(entry)
@@ -79,10 +76,7 @@ def test_steps_equal_separate_passes(entry, backend, dtype, unscale_first):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("interval, growth, backoff", ((1, 2.0, 0.5), (3, 1.7, 0.3), (4, 3.0, 0.9)))
 def test_growth_and_backoff_are_torchs_to_the_bit(backend, interval, growth, backoff):
-    """Hundreds of steps with random overflows.
-
-    Scale, tracker and every parameter, against torch's scaler with the same optimizer.
-    """
+    """Scale, tracker and parameters over hundreds of steps with random overflows."""
     device = cases.device_of(backend)
     chance = random.Random(interval)
     params = cases.make_params(((3,), (2, 2)), device=device)
@@ -128,10 +122,7 @@ def test_no_pass_of_its_own(entry, backend, monkeypatch):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("bad", [*itertools.product((False, True), repeat=3)], ids=str)
 def test_several_optimizers_under_one_scaler(backend, bad):
-    """Two of ours and a stock one: each skips for itself, any of them backs the scale off.
-
-    As under torch's scaler.
-    """
+    """Each of two of ours and a stock one skips for itself, and any backs the scale off."""
     device = cases.device_of(backend)
     params = cases.make_params(((4,), (3, 2)), device=device)
     scales, tensors = [], []
@@ -205,10 +196,7 @@ def test_disabled(backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_errors_are_torchs(backend):
-    """A closure, two steps, unscale_ twice or after step, update without step, no gradients.
-
-    No scale yet.
-    """
+    """For a closure, two steps, unscale_ twice or late, no step, no gradients, no scale yet."""
     device = cases.device_of(backend)
     run = cases.run_fused(cases.TABLE["Adam"], cases.make_params(device=device), backend)
     with pytest.raises(AssertionError, match="_scale is None"):
@@ -295,10 +283,7 @@ def test_step_wrapped_by_scheduler_and_hooks(backend):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_resume_in_the_middle(backend):
-    """Optimizer and scaler through state_dict after a skipped step.
-
-    The same bits as without the interruption.
-    """
+    """Through state_dict after a skipped step: the bits of an uninterrupted run."""
     device = cases.device_of(backend)
     params = cases.make_params(device=device)
     finished = []
@@ -323,10 +308,7 @@ def test_resume_in_the_middle(backend):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_bad_gradients_hidden_by_a_clamp_are_found(backend):
-    """The check is on raw elements.
-
-    Max_grad_value turns inf into a number, the scaler must still back off.
-    """
+    """max_grad_value turns inf into a number, but the scaler must still back off."""
     device = cases.device_of(backend)
     params = cases.make_params(((5,), (40,)), device=device)
     run = cases.run_fused(cases.TABLE["SGD"], params, backend, max_grad_value=1.0)

@@ -32,10 +32,7 @@ def make_scaler(device: str, **options) -> torch.amp.GradScaler:
 
 
 def scaled_step(trio: Trio, scaler, grads, unscale_first: bool) -> None:
-    """One step of ours under the scaler, the references after it.
-
-    The scale is read before `update`.
-    """
+    """One step of ours under the scaler, then of the references, by the scale before `update`."""
     for param, grad in zip(trio.ours.params, grads, strict=True):
         param.grad = None if grad is None else grad.clone()
     scale = scaler.get_scale()
@@ -52,10 +49,7 @@ def scaled_step(trio: Trio, scaler, grads, unscale_first: bool) -> None:
 @pytest.mark.parametrize("unscale_first", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
 def test_scaler_with_clips(entry, backend, unscale_first, dtype):
-    """With and without a prior unscale_; inf in the first, a middle and the last step.
-
-    Late gradients; growth in between.
-    """
+    """With and without unscale_; inf first, midway and last, late gradients, growth in between."""
     device = cases.device_of(backend)
     params = cases.make_params(dtype=dtype, device=device)
     trio = Trio(
@@ -73,10 +67,7 @@ def test_scaler_with_clips(entry, backend, unscale_first, dtype):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_half_gradients_under_the_scaler(entry, backend):
-    """float16 parameters: torch's unscale_ refuses them, its step with us does not.
-
-    Judged by the oracle.
-    """
+    """Torch's unscale_ refuses float16, its step with us does not: judged by the oracle."""
     device = cases.device_of(backend)
     params = cases.make_params(dtype=torch.float16, device=device)
     options = cases.gentle(entry) | {"lr": 0.1}
@@ -91,10 +82,7 @@ def test_half_gradients_under_the_scaler(entry, backend):
 @pytest.mark.parametrize("backend", cases.backends())
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 def test_prior_unscale_gives_the_same_bits(entry, backend):
-    """Powers of two: dividing beforehand or in our pass is the same arithmetic.
-
-    So it is never done twice.
-    """
+    """Dividing by a power of two beforehand or in our pass is the same, and never done twice."""
     device = cases.device_of(backend)
     params = cases.make_params(device=device)
     finished = []
@@ -116,10 +104,7 @@ def test_prior_unscale_gives_the_same_bits(entry, backend):
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("unscale_first", (False, True))
 def test_clipping_by_hand_between_unscale_and_step(entry, backend, unscale_first):
-    """The loop as trainers write it, with ours in place of torch's.
-
-    The same result as torch's to a few roundings.
-    """
+    """The loop as trainers write it has torch's result to a few roundings."""
     device = cases.device_of(backend)
     params = cases.make_params(device=device)
     ours, stock = cases.run_fused(entry, params, backend), cases.run_stock(entry, params)
@@ -146,10 +131,7 @@ def test_clipping_by_hand_between_unscale_and_step(entry, backend, unscale_first
 @pytest.mark.parametrize("entry", **cases.ENTRIES)
 @pytest.mark.parametrize("unscale_first", (False, True))
 def test_preset_grad_scale_is_multiplied_in(entry, backend, unscale_first):
-    """A user's factor joins the scaler's (alone after unscale_).
-
-    And both attributes are gone afterwards, as torch has it.
-    """
+    """A user's factor joins the scaler's, alone after unscale_; both are gone afterwards."""
     device = cases.device_of(backend)
     params = cases.make_params(device=device)
     trio = Trio(
@@ -246,10 +228,7 @@ def test_ours_and_stock_under_one_scaler(entry, backend):
 
 @pytest.mark.parametrize("backend", cases.backends())
 def test_real_loss_with_schedule_and_accumulation(backend):
-    """A small model in bfloat16 autocast, two micro-batches a step, OneCycleLR wrapping `step`.
-
-    Against stock torch.
-    """
+    """bfloat16 autocast, two micro-batches a step and OneCycleLR around `step`, against torch."""
     device = cases.device_of(backend)
     finished = []
     for entry_class in ("fused", "stock"):

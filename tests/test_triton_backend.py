@@ -35,10 +35,7 @@ def header_constant(text, name):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_are_described_as_in_cpp(rule):
-    """Hyperparameters, variants and states.
-
-    The same names in the same order, states under the same variants.
-    """
+    """The same names in the same order, states under the same variants."""
     pytest.importorskip("triton")
     text = (ROOT / "csrc" / "rules" / f"{rule}.h").read_text()
     module = importlib.import_module(f"fusedopt.kernels.{rule}")

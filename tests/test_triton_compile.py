@@ -107,10 +107,7 @@ def wide(ptx, kind):
 
 
 def assert_exact(ptx, fused=frozenset()):
-    """Only operations whose results IEEE 754 defines.
-
-    None approximate, flushed, or dropping NaN, and none fused but those named.
-    """
+    """No operation is approximate, flushed or dropping NaN, and none fused but those named."""
     operations = set(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][a-z0-9_.]*)", ptx, re.MULTILINE))
     floating = {name for name in operations if re.search(r"\.f(16|32|64)", name)}
     inexact = {

@@ -220,10 +220,7 @@ def step_and_compare(
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize(("rule", "variant"), VARIANTS)
 def test_rule_has_the_bits_of_cpp(cpp_rules, rule, variant, types):
-    """Two steps, two groups, sizes around the block, under a multiplier and a clamp.
-
-    Nothing outside is written.
-    """
+    """Over two steps, groups and sizes around the block; nothing outside is written."""
     torch.manual_seed(variant)
     problems = [Problem(rule, variant, n, types, group=i % 2) for i, n in enumerate(SIZES)]
     groups = [GroupRow(hyper_of(rule, group), 30.0, math.inf) for group in range(2)]
@@ -268,10 +265,7 @@ def test_misaligned_and_strided_rows(cpp_rules, types):
 
 
 def test_long_pieces_of_several_blocks(cpp_rules, monkeypatch):
-    """A piece of several blocks runs the unmasked loop and then the tail.
-
-    Several pieces share one counter.
-    """
+    """They run the unmasked loop and then the tail, several under one counter."""
     monkeypatch.setattr(launch, "piece_length", lambda numel, processors: 3 * BLOCK)
     problems = [Problem("sgd", 1, n * BLOCK + 9, TYPES["float32"], wild=False) for n in (2, 3, 7)]
     tables = make_tables(problems)
@@ -282,10 +276,7 @@ def test_long_pieces_of_several_blocks(cpp_rules, monkeypatch):
 
 @pytest.mark.parametrize("step", [0.0, 1.0, 6.0, 999.0, 123456.0, 16777216.0])
 def test_power_of_large_steps(cpp_rules, step):
-    """Bias corrections by repeated squaring.
-
-    A counter beyond 2^24 stays where it is, as in float32.
-    """
+    """A counter beyond 2^24 stays where it is, as in float32."""
     p = Problem("adam", 0, 33, TYPES["float64"], step=step, wild=False)
     tables = make_tables([p])
     expected = p.expect(cpp_rules, hyper_of("adam", 0), (1.0, math.inf, 1.0, 1.0))
@@ -295,10 +286,7 @@ def test_power_of_large_steps(cpp_rules, step):
 
 
 def test_rows_without_gradient_and_empty_rows_are_left_alone(cpp_rules):
-    """A null gradient writes nothing, not even the counter.
-
-    An empty tensor with a gradient advances its counter.
-    """
+    """Without a gradient not even the counter is written; an empty tensor advances its own."""
     problems = [Problem("adam", 1, n, TYPES["float32"], wild=False) for n in (50, 2 * BLOCK, 0)]
     before = [memory.clone() for memory in problems[1].memory]
     addresses = [problems[0].grad.data_ptr(), 0, problems[2].counter.data_ptr()]

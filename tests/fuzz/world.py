@@ -247,9 +247,6 @@ def pick_group(world: World, rng: Random) -> list[dict[str, Any]]:
 
 
 def leave_scaling_to_step(optimizer: Any) -> Any:
-    """Has torch's scaler leave unscaling and skipping to the step, as with fused=True.
-
-    Which no group can have that has complex parameters.
-    """
+    """Has torch's scaler leave unscaling and skipping to the step, also with complex parameters."""
     optimizer._pipeline.settings.fused = True
     return optimizer
