@@ -102,7 +102,7 @@ class WithSettings:
     def last_grad_norm(self) -> Tensor | None:
         """The global gradient norm of the last step, as a 0-dim float32 tensor; see the class."""
         control = self._pipeline.control
-        if control is None or self.max_grad_norm is None:
+        if control is None or self.max_grad_norm is None or not self._pipeline.measured:
             return None
         return control[NORM].to(torch.float32)
 

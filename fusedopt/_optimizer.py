@@ -298,10 +298,8 @@ class FusedOptimizer(WithSettings, torch.optim.Optimizer):
         for i, group in enumerate(state.get("param_groups", [])):
             live = live_groups[i] if i < len(live_groups) else {}
             for name in GROUP_KEYS:
-                if name not in self._rule.arguments:
-                    value = group.pop(name, live.get(name))
-                    if value is not None and value is not False:
-                        group[name] = value
+                if name not in self._rule.arguments and name in live:
+                    group.setdefault(name, live[name])
         self.__dict__.setdefault("_warned_capturable_if_run_uncaptured", True)
         settings = {name: state[key] for key, name in _PICKLED.items() if key in state}
         super().__setstate__({k: v for k, v in state.items() if k not in _PICKLED})

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _control, _routing, backends
 from ._control import describe
@@ -49,14 +50,19 @@ class Pipeline:
         self._plain_places: set[int] = set()
         # The places of those of them that share memory with others.
         self._shared_places: set[int] = set()
-        # Whether a dispatch mode sees to every operation, which kernels would hide from it.
+        # Whether a dispatch mode sees to every operation, or forward-mode differentiation, which
+        # kernels would hide from it.
         self._observed = False
+        # Whether the optimizer has its own way of collecting gradients and states.
+        self._collects_itself = False
         self._holds_shards = False
         self.settings = Settings()
         self.counters = StepCounters(rule)
         #: float64[5] in the order of ``StepControl``: what the last step left; None before the
         #: first.
         self.control: Tensor | None = None
+        #: Whether the last step had a limit of the global norm, and so knows it.
+        self.measured = False
 
     def reset(self) -> None:
         """Makes the next step build its plans anew."""
@@ -77,13 +83,14 @@ class Pipeline:
                 self._stepping = False
 
     def _step(self, training: Training) -> None:
-        observed = torch._C._len_torch_dispatch_stack() > 0
+        observed = torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
         if observed:
             _routing.refuse_fake_mode(
                 member.param for member in _routing.members_of(training.param_groups)
             )
-        if observed != self._observed:
-            self._observed = observed
+        collects_itself = training.init_group is not None
+        if observed != self._observed or collects_itself != self._collects_itself:
+            self._observed, self._collects_itself = observed, collects_itself
             self.reset()
         plan = self._only_plan
         if plan is not None:
@@ -121,9 +128,11 @@ class Pipeline:
         )
         if findings is None:
             self.control = plan.control
+            self.measured = settings.max_grad_norm is not None
         return findings
 
     def _step_together(self, plain: list[Member], training: Training) -> None:
+        self.measured = self.settings.max_grad_norm is not None
         self.control = Together(
             self._rule,
             training,
@@ -179,6 +188,8 @@ class Pipeline:
             self.reset()
         else:
             raise RuntimeError(_CHANGED)
+        if self._collects_itself:
+            return entries
         left = {id(param) for param in refused}
         members = [
             member
@@ -227,7 +238,7 @@ class Pipeline:
         self._holds_shards = any(_routing.is_shard(member.param) for member in entries)
         is_listed_twice = len({id(member.param) for member in entries}) != len(entries)
         # torch updates a parameter that is listed twice twice, and has warned about it.
-        if is_listed_twice or training.init_group is not None:
+        if is_listed_twice or self._collects_itself:
             native: dict[torch.device, list[Member]] = {}
             self._shared_places = set()
         else:
@@ -324,6 +335,9 @@ class Pipeline:
             by_group[index].append(param)
         groups = []
         for index, params in by_group.items():
+            if self._collects_itself:
+                groups.append((index, training.param_groups[index]))
+                continue
             whole = training.param_groups[index]
             # One by one: what a type of the user's own returns need not be what it holds.
             group = {**{name: whole[name] for name in whole}, "params": params}

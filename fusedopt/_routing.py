@@ -87,6 +87,8 @@ def needs_plain_rule(param: Tensor, group: dict[str, Any], entries: Mapping[str,
             tensor.layout != torch.strided
             or tensor.dtype not in _KERNEL_DTYPES
             or tensor.is_neg()
+            or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            or torch._is_functional_tensor(tensor)
             or tensor.is_inference()
             for name, tensor in [("param", param), *entries.items()]
             if isinstance(tensor, Tensor) and name != "step"

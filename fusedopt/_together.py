@@ -35,7 +35,8 @@ class Together:
         training: What the optimizer trains.
         settings: Of the optimizer.
         plans: Of the native backends, each begun.
-        groups: The parts of the groups that take the plain rule; all have gradients.
+        groups: The parts of the groups that take the plain rule; all have gradients, unless the
+            optimizer collects them itself.
         shared: The ids of those parameters that share memory with others.
         counters: Of the applied steps.
     """
@@ -79,8 +80,12 @@ class Together:
         if plain and not (may_skip and control[_control.SKIP].item() != 0):
             clip = 1.0 if limit is None else control[_control.CLIP].item()
             self.counters.drop_unset(plain, self.training.state)
-            for group in self.groups:
-                self._update(group, transforms, clip)
+            if self.training.init_group is None:
+                for group in self.groups:
+                    self._update(group, transforms, clip)
+            else:
+                grads = {p: t.apply(_grad(p), clip) for p, t in transforms.items()}
+                self.rule.update_as_collected(self.training, grads)
         for device, plan in plans.items():
             labelled(self.rule.kernel, plan.apply, control.to(device))
         return control
@@ -92,7 +97,7 @@ class Together:
             for group in self.groups
             for everything in [reduces or factor != 1.0 or _control.limits(group)]
             for param in group["params"]
-            if everything or _grad(param).is_conj()
+            if param.grad is not None and (everything or param.grad.is_conj())
         }
 
     def _update(

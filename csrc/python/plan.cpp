@@ -21,7 +21,10 @@ size_t find_rule(const std::string& name) {
 
 // Dispatch keys of tensors whose elements are not simply found at their data pointer.
 constexpr c10::DispatchKeySet kOddKeys({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
-                                        c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python});
+                                        c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python,
+                                        c10::DispatchKey::FuncTorchBatched,
+                                        c10::DispatchKey::FuncTorchGradWrapper,
+                                        c10::DispatchKey::Functionalize});
 
 // What stands in a dict at a name of torch's; borrowed, null when there is nothing. Such names are
 // plain strings, so this runs no Python code.
@@ -239,12 +242,11 @@ bool Plan::slot_holds(size_t index) {
   if (slot.state != nullptr && !slot.guard.unchanged(slot.state) && !state_holds(index)) {
     return false;
   }
-  if (!param_of(slot).unchanged(geometries_)) return false;
-  const size_t end = watched_end(slot);
-  for (size_t k = slot.first_watched + 1; k < end; ++k) {
-    if (!watched_[k].in_order(geometries_)) return false;
+  const size_t states_end = slot.first_watched + 1 + slot.state_count;
+  for (size_t k = slot.first_watched; k < states_end; ++k) {
+    if (!watched_[k].unchanged(geometries_)) return false;
   }
-  return true;
+  return slot.step == nullptr || watched_[states_end].holds_its_number(geometries_);
 }
 
 // Whether optimizer.state[parameter], which was written to, still holds the same objects, and still

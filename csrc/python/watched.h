@@ -23,8 +23,6 @@ class Geometry {
       : keys_(tensor.key_set()),
         dtype_(tensor.dtype()),
         device_(tensor.device()),
-        numel_(tensor.numel()),
-        is_contiguous_(tensor.is_contiguous()),
         ndim_(tensor.sizes().size()),
         sizes_and_strides_(tensor.sizes().vec()) {
     for (const int64_t stride : tensor.strides()) sizes_and_strides_.push_back(stride);
@@ -42,24 +40,15 @@ class Geometry {
     return true;
   }
 
-  // Whether as many elements follow one another in the same order, whatever their shape. Spares a
-  // contiguous tensor the sizes and strides, which fill cache lines of their own.
-  bool orders(const c10::TensorImpl& tensor) const {
-    if (!is_contiguous_) return fits(tensor);
-    return same_kind(tensor) && tensor.numel() == numel_ && tensor.is_contiguous();
-  }
-
- private:
   // Comes first: the keys also tell whether there are strides and a storage to ask for.
   bool same_kind(const c10::TensorImpl& tensor) const {
     return tensor.key_set() == keys_ && tensor.dtype() == dtype_ && tensor.device() == device_;
   }
 
+ private:
   c10::DispatchKeySet keys_;
   caffe2::TypeMeta dtype_;
   c10::Device device_;
-  int64_t numel_;
-  bool is_contiguous_;
   size_t ndim_;
   std::vector<int64_t> sizes_and_strides_;
 };
@@ -158,9 +147,10 @@ class Watched {
   bool unchanged(const Geometries& geometries) const {
     return holds_same() && geometries[geometry_].fits(*impl_) && same_memory();
   }
-  // Whether at least the elements are the same, in the same order.
-  bool in_order(const Geometries& geometries) const {
-    return holds_same() && geometries[geometry_].orders(*impl_) && same_memory();
+  // The same for a tensor of one element, of which sizes and strides say nothing: they fill a cache
+  // line of their own.
+  bool holds_its_number(const Geometries& geometries) const {
+    return holds_same() && geometries[geometry_].same_kind(*impl_) && same_memory();
   }
 
   // Only while it is known to be the one that was watched.

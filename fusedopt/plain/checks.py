@@ -59,8 +59,6 @@ def check(
                 " cannot update in place; optimize parameter.clone() instead"
             )
         one.check_state()
-    if training.init_group is not None:
-        return
     try:
         rule.collect(group, _Scratch(training.state), training.defaults)
     except KeyError as error:

@@ -84,21 +84,38 @@ class PlainRule:
         elif group.get("decoupled_weight_decay") and not self.always_decouples:
             _shrink(group)
             group["weight_decay"] = 0
+        for name, value in group.items():
+            # Half of torch's operations broadcast what has one element, and then refuse to write.
+            if isinstance(value, Tensor) and value.dim() != 0 and value.numel() == 1:
+                group[name] = value.reshape(())
         runner = _Runner.make(self, training._replace(param_groups=[group]), grads)
-        if grads is None or training.init_group is None:
-            runner.plain_step(runner)
-            return
-        # It reads the gradients itself.
-        params = [param for param in group["params"] if param.grad is not None]
-        given = [param.grad for param in params]
-        runner.grads = None
+        runner.plain_step(runner)
+
+    def update_as_collected(self, training: Training, grads: dict[Tensor, Tensor]) -> None:
+        """Updates all groups, as they are, of an optimizer that has its own `_init_group`.
+
+        Args:
+            training: Of that optimizer.
+            grads: What it is to find as the gradient of a parameter.
+        """
+        given = {param: param.grad for param in grads}
+        decays = []
+        if "decoupled_weight_decay" not in self.arguments and not self.always_decouples:
+            decays = [g for g in training.param_groups if g.get("decoupled_weight_decay")]
+        rates = [group["weight_decay"] for group in decays]
+        runner = _Runner.make(self, training, None)
         try:
-            for param, grad in zip(params, grads, strict=True):
+            for group in decays:
+                _shrink(group)
+                group["weight_decay"] = 0
+            for param, grad in grads.items():
                 param.grad = grad
             runner.plain_step(runner)
         finally:
-            for param, own in zip(params, given, strict=True):
+            for param, own in given.items():
                 param.grad = own
+            for group, rate in zip(decays, rates, strict=True):
+                group["weight_decay"] = rate
 
     @functools.cached_property
     def filled_keys(self) -> dict[str, Any]:
@@ -161,9 +178,10 @@ class _Runner:
         return runner
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+        if self.training.init_group is not None:
+            return self.training.init_group(group, *lists)
         prepared = self.rule.prepare(group, self.training)
-        collect = self.training.init_group or super()._init_group  # type: ignore[misc]
-        flags = collect(prepared, *lists)
+        flags = super()._init_group(prepared, *lists)  # type: ignore[misc]
         if self.grads is not None:
             lists[1][:] = self.grads
         if group.get("fused"):
