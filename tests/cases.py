@@ -66,7 +66,12 @@ class Entry:
     @property
     def decouples(self) -> bool:
         """Whether the plain class knows decoupled weight decay."""
-        return self.fused._rule.always_decouples or self.takes("decoupled_weight_decay")
+        return self.always_decouples or self.takes("decoupled_weight_decay")
+
+    @property
+    def always_decouples(self) -> bool:
+        """Whether weight decay cannot be other than decoupled."""
+        return self.fused._rule.always_decouples
 
     @property
     def stock(self) -> type[torch.optim.Optimizer]:
@@ -404,6 +409,13 @@ class Run:
         for seed in range(first, first + count):
             set_grads(self.params, seed, **grad_options)
             self.optimizer.step()
+        return self
+
+    def advance(self, step: float = 10.0) -> Run:
+        """Sets the counters, where there are any, past what rules do in their first steps only."""
+        for entries in self.optimizer.state.values():
+            if "step" in entries:
+                entries["step"].fill_(step)
         return self
 
     def tensors(self) -> dict[str, Tensor]:

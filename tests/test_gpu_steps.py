@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import math
 
 import pytest
@@ -228,7 +227,7 @@ def test_two_gpus(entry, places):
 def test_counters_and_checkpoints(entry, backend):
     """Counters live on the device; `state_dict` has them where stock torch would."""
     flags = [{}]
-    if "capturable" in inspect.signature(entry.stock).parameters:
+    if entry.takes("capturable"):
         flags.append({"capturable": True})
     if entry.name in ("Adam", "AdamW"):
         flags.append({"fused": True})

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,13 +25,12 @@ from fusedopt.kernels import launch
 from fusedopt.kernels.host_plan import layout_words
 from fusedopt.kernels.pieces import BLOCK, EDGE
 from fusedopt.kernels.rows import GroupRow, Row
+from kernel_costs import CSRC, RULES
 
 # Inputs hold inf, nan and numbers that overflow on purpose; masked lanes compute on zeros.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-CSRC = Path(__file__).parent.parent / "csrc"
-RULES = {"adam": 2, "sgd": 2, "rmsprop": 4, "adagrad": 1, "adadelta": 1}
-VARIANTS = [(rule, variant) for rule, count in RULES.items() for variant in range(count)]
+VARIANTS = [(rule, v) for rule in RULES for v in range(1 << len(launch.load_rule(rule).VARIANTS))]
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 # Parameter, gradient, states.
 TYPES = {
@@ -220,12 +218,15 @@ def step_and_compare(
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize(("rule", "variant"), VARIANTS)
 def test_rule_has_the_bits_of_cpp(cpp_rules, rule, variant, types):
-    """Two steps, two groups, sizes around the block, under a multiplier and a clamp.
+    """Two steps, early and late, two groups, sizes around the block, a multiplier and a clamp.
 
     Nothing outside is written.
     """
     torch.manual_seed(variant)
-    problems = [Problem(rule, variant, n, types, group=i % 2) for i, n in enumerate(SIZES)]
+    problems = [
+        Problem(rule, variant, n, types, group=i % 2, step=10.0 * (i // 2))
+        for i, n in enumerate(SIZES)
+    ]
     groups = [GroupRow(hyper_of(rule, group), 30.0, math.inf) for group in range(2)]
     tables = make_tables(problems, groups)
     control = torch.tensor([0.7, 0.3, 0.0, 0.0, 0.0], dtype=F64)

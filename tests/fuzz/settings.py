@@ -58,7 +58,7 @@ def group_setting(world: World, rng: Random) -> None:
     groups = pick_group(world, rng)
     name = rng.choice(OUR_KEYS)
     if name == "decoupled_weight_decay":
-        value: Any = True if world.entry.name == "AdamW" else rng.random() < 0.5
+        value: Any = True if world.entry.always_decouples else rng.random() < 0.5
     else:
         value = rng.choice(LIMITS)
     if name == "max_grad_value" and any(p.is_complex() for p in groups[0]["params"]):

@@ -207,7 +207,7 @@ def reference_step(
 ) -> Tensor:
     """Steps torch's optimizer after torch's utilities, with our decoupled decay; the norm."""
     apart = []
-    if world.entry.name not in ("Adam", "AdamW"):
+    if not world.entry.decouples:
         apart = [g for g in run.optimizer.param_groups if g.get("decoupled_weight_decay")]
     decays = [group["weight_decay"] for group in apart]
     present = {id(p) for p, grad in zip(run.params, grads, strict=True) if grad is not None}

@@ -91,7 +91,7 @@ def draw_group(rng: Random, entry: Entry) -> dict[str, Any]:
     for name in ("max_grad_norm_per_param", "max_grad_value"):
         if rng.random() < 0.3:
             group[name] = rng.choice(LIMITS)
-    if entry.name != "AdamW" and rng.random() < 0.2:
+    if not entry.always_decouples and rng.random() < 0.2:
         group["decoupled_weight_decay"] = True
     return group
 

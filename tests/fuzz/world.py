@@ -182,15 +182,15 @@ class World:
     def make_ours(self, groups: list[dict[str, Any]], backend: str) -> torch.optim.Optimizer:
         """Returns one of ours with the settings of this moment; its group keys may be missing."""
         # Torch's rules have other bits with foreach, which they take on GPUs by themselves.
-        options = {"foreach": False, **self.story.options, **self.settings}
+        options = {**self.entry.serial, **self.story.options, **self.settings}
         optimizer = self.entry.fused(groups, backend=backend, **options)
         return leave_scaling_to_step(optimizer) if self.story.fused else optimizer
 
     def make_stock(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Returns torch's, whose groups carry our keys along."""
-        options = {"foreach": False, **self.story.options}
-        always = options.get("decoupled_weight_decay", self.entry.name == "AdamW")
-        if self.entry.name not in ("Adam", "AdamW"):
+        options = {**self.entry.serial, **self.story.options}
+        always = options.get("decoupled_weight_decay", self.entry.always_decouples)
+        if not self.entry.decouples:
             options.pop("decoupled_weight_decay", None)
         plain = {"fused": None} if self.entry.takes("fused") else {}
         groups = [{"decoupled_weight_decay": always, **group, **plain} for group in groups]
