@@ -9,6 +9,7 @@ from ._from_torch import from_torch
 from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam
+from .adamax import Adamax
 from .adamw import AdamW
 from .grad_scaler import GradScaler
 from .lion import Lion
@@ -26,6 +27,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "GradScaler",
     "Lion",
     "RMSprop",

@@ -89,9 +89,10 @@ _DECAYS = {
     "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
     "maximize": {"maximize": True, "weight_decay": 0.01},
 }
+_BETAS = {"betas": {"betas": (0.3, 0.7), "eps": 1e-3}}
 _ADAM = {
     "amsgrad": {"amsgrad": True},
-    "betas": {"betas": (0.3, 0.7), "eps": 1e-3},
+    **_BETAS,
     "amsgrad_decay": {"amsgrad": True, "weight_decay": 0.1, "lr": 0.1},
 }
 
@@ -159,6 +160,11 @@ TABLE = {
             "Adadelta",
             ("square_avg", "acc_delta"),
             {"plain": {"lr": 1.0}, "rho": {"rho": 0.5, "lr": 0.3, "eps": 1e-4}, **_DECAYS},
+        ),
+        Entry(
+            "Adamax",
+            ("exp_avg", "exp_inf"),
+            {"plain": {"lr": 1e-2}, **_BETAS, **_DECAYS},
         ),
         Entry(
             "Lion",
