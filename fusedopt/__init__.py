@@ -13,6 +13,7 @@ from .adamax import Adamax
 from .adamw import AdamW
 from .grad_scaler import GradScaler
 from .lion import Lion
+from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
 
@@ -30,6 +31,7 @@ __all__ = [
     "Adamax",
     "GradScaler",
     "Lion",
+    "RAdam",
     "RMSprop",
     "__version__",
     "from_torch",

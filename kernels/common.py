@@ -35,6 +35,49 @@ def power(base, exponent):
 
 
 @triton.jit
+def multiply(a, b):
+    """The product of two numbers to twice float64's precision, each a (high, low).
+
+    By Dekker 1971 (Numerische Mathematik 18): without fused operations, and exact but for the last
+    bits of low.
+    """
+    a_high, a_low = a
+    b_high, b_low = b
+    a_scaled = 134217729.0 * a_high
+    b_scaled = 134217729.0 * b_high
+    a_upper = a_scaled - (a_scaled - a_high)
+    b_upper = b_scaled - (b_scaled - b_high)
+    a_lower = a_high - a_upper
+    b_lower = b_high - b_upper
+    product = a_high * b_high
+    rest = a_upper * b_upper - product + a_upper * b_lower + a_lower * b_upper
+    rest = rest + a_lower * b_lower + (a_high * b_low + a_low * b_high)
+    high = product + rest
+    return high, rest - (high - product)
+
+
+@triton.jit
+def precise_power(base, exponent):
+    """The same as power, rounded once where the exponent is a whole number.
+
+    As C libraries have it, for what is left after a cancellation.
+    """
+    # No counter reaches more.
+    counts = exponent < 2.0**52
+    whole = tl.where(counts, exponent, 0.0).to(tl.int64)
+    high, low = base * 0.0 + 1.0, base * 0.0
+    factor, factor_low = base, base * 0.0
+    n = whole
+    while n > 0:
+        longer, longer_low = multiply((high, low), (factor, factor_low))
+        high = tl.where((n & 1) != 0, longer, high)
+        low = tl.where((n & 1) != 0, longer_low, low)
+        factor, factor_low = multiply((factor, factor_low), (factor, factor_low))
+        n = n >> 1
+    return high * power(base, exponent - whole.to(tl.float64))
+
+
+@triton.jit
 def divide(a, b):
     """The quotient a / b, correctly rounded.
 

@@ -167,6 +167,16 @@ TABLE = {
             {"plain": {"lr": 1e-2}, **_BETAS, **_DECAYS},
         ),
         Entry(
+            "RAdam",
+            ("exp_avg", "exp_avg_sq"),
+            {
+                "plain": {"lr": 1e-2},
+                "betas": {"betas": (0.3, 0.9), "eps": 1e-3},
+                "own_decoupled": {"decoupled_weight_decay": True, "weight_decay": 0.3, "lr": 0.1},
+                **_DECAYS,
+            },
+        ),
+        Entry(
             "Lion",
             ("exp_avg",),
             {

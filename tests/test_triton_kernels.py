@@ -282,14 +282,15 @@ def test_long_pieces_of_several_blocks(cpp_rules, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [0.0, 1.0, 6.0, 999.0, 123456.0, 16777216.0])
-def test_power_of_large_steps(cpp_rules, step):
-    """Bias corrections by repeated squaring.
+@pytest.mark.parametrize("rule", ["adam", "radam"])
+def test_power_of_large_steps(cpp_rules, rule, step):
+    """Bias corrections by repeated squaring, in one precision or in two.
 
     A counter beyond 2^24 stays where it is, as in float32.
     """
-    p = Problem("adam", 0, 33, TYPES["float64"], step=step, wild=False)
+    p = Problem(rule, 0, 33, TYPES["float64"], step=step, wild=False)
     tables = make_tables([p])
-    expected = p.expect(cpp_rules, hyper_of("adam", 0), (1.0, math.inf, 1.0, 1.0))
+    expected = p.expect(cpp_rules, hyper_of(rule, 0), (1.0, math.inf, 1.0, 1.0))
     tables.apply(torch.tensor([1.0, 1.0, 0, 0, 0], dtype=F64), controlled=True)
     assert_same_bits(p.param, expected[0])
     assert float(p.counter) == float(torch.tensor(step) + 1)

@@ -58,6 +58,42 @@ FUSEDOPT_HD double power(double base, double exponent) {
   return result;
 }
 
+// A number to twice the precision of double: what one double holds of it, and the rest.
+struct Twofold {
+  double high;
+  double low;
+};
+
+// The product, by Dekker 1971 (Numerische Mathematik 18): without fused operations, and exact but
+// for the last bits of `low`.
+FUSEDOPT_HD Twofold multiply(const Twofold& a, const Twofold& b) {
+  constexpr double kSplit = 0x1p27 + 1.0;
+  const double a_upper = kSplit * a.high - (kSplit * a.high - a.high);
+  const double b_upper = kSplit * b.high - (kSplit * b.high - b.high);
+  const double a_lower = a.high - a_upper;
+  const double b_lower = b.high - b_upper;
+  const double product = a.high * b.high;
+  const double rest = a_upper * b_upper - product + a_upper * b_lower + a_lower * b_upper +
+                      a_lower * b_lower + (a.high * b.low + a.low * b.high);
+  const double high = product + rest;
+  return {high, rest - (high - product)};
+}
+
+// The same as power, rounded once where the exponent is a whole number: as C libraries have it, for
+// what is left after a cancellation.
+FUSEDOPT_HD double precise_power(double base, double exponent) {
+  constexpr double kUncounted = 0x1p52;  // beyond what any counter reaches
+  if (!(exponent < kUncounted)) return power(base, exponent);
+  const int64_t whole = static_cast<int64_t>(exponent);
+  Twofold result = {1.0, 0.0};
+  Twofold factor = {base, 0.0};
+  for (int64_t n = whole; n > 0; n >>= 1) {
+    if (n & 1) result = multiply(result, factor);
+    factor = multiply(factor, factor);
+  }
+  return result.high * power(base, exponent - static_cast<double>(whole));
+}
+
 // The larger of the two; NaN in either comes through (CUDA's fmaxf would drop it).
 template <typename T>
 FUSEDOPT_HD T maximum(T a, T b) {
