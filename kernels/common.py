@@ -108,6 +108,12 @@ def maximum(a, b):
 
 
 @triton.jit
+def sign_of(x):
+    """1, -1 or 0; as torch.sign has it, 0 for NaN."""
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
 def lerp_weights(w, T: tl.constexpr):
     """An exponential moving average's weights as torch.lerp forms them: (weight, complement)."""
     return w.to(T), (1.0 - w).to(T)
@@ -123,7 +129,7 @@ def lerp(weights, start, end):
 
 @triton.jit
 def opening_constants(hyper, T: tl.constexpr):
-    """(shrink, l2, sign) from the hyperparameters that open every rule's row."""
+    """(shrink, l2, sign) from the hyperparameters that open a rule's row."""
     lr, weight_decay, decoupled_weight_decay, maximize = hyper[0], hyper[1], hyper[2], hyper[3]
     shrink = tl.where(decoupled_weight_decay != 0.0, 1.0 - lr * weight_decay, 1.0).to(T)
     l2 = tl.where(decoupled_weight_decay != 0.0, 0.0, weight_decay).to(T)

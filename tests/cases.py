@@ -10,8 +10,8 @@ import functools
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Entry:
         variants: Keyword arguments worth testing, by a name for the test report.
         has_step: Whether the state has torch's `step`.
         sparse: Whether torch takes sparse gradients.
+        starts: The group keys of what states start from, where that is not zero.
     """
 
     name: str
@@ -48,10 +49,24 @@ class Entry:
     variants: dict[str, dict[str, Any]]
     has_step: bool = True
     sparse: bool = False
+    starts: Mapping[str, str] = field(default_factory=dict)
 
     def takes(self, name: str) -> bool:
         """Whether torch's class has this keyword argument."""
         return name in inspect.signature(self.stock).parameters
+
+    def known(self, **options: Any) -> dict[str, Any]:
+        """Returns the options, without those of weight decay for an algorithm that has none."""
+        if self.takes("weight_decay"):
+            return options
+        return {k: v for k, v in options.items() if not k.endswith("weight_decay")}
+
+    def is_fresh(self, name: str, value: Tensor, groups: Iterable[dict[str, Any]]) -> bool:
+        """Whether a state, named as by `Run.tensors`, is what a group has it start from."""
+        key = self.starts.get(name.partition(" ")[0])
+        starts = [0.0] if key is None else [float(group[key]) for group in groups]
+        parts = torch.view_as_real(value) if value.is_complex() else value
+        return any(torch.equal(parts, torch.full_like(parts, start)) for start in starts)
 
     @property
     def in_torch(self) -> bool:
@@ -155,6 +170,7 @@ TABLE = {
                 **_DECAYS,
             },
             sparse=True,
+            starts={"sum": "initial_accumulator_value"},
         ),
         Entry(
             "Adadelta",

@@ -74,7 +74,7 @@ def test_half_gradients_of_float32_parameters(entry, backend, grad_dtype):
 def test_float32_state_of_half_parameters(entry, backend, dtype):
     """A state put into float32 by hand is kept in it, with float32's accuracy."""
     start = make_params(SHAPES, dtype, device_of(backend))
-    options = {**richest(entry), "weight_decay": 0.0}
+    options = {**richest(entry), **entry.known(weight_decay=0.0)}
     ours = run_fused(entry, start, backend, **options).steps(1)
     for entries in ours.optimizer.state.values():
         for name in entry.states:

@@ -156,12 +156,11 @@ def test_many_groups(entry, backend):
     for device, name in (("cuda", backend), ("cpu", "cpu")):
         params = [torch.nn.Parameter(p.detach().to(device)) for p in copies(start)]
         groups = [
-            {"params": params[i::8], "lr": 0.01 * (i + 1), "weight_decay": 0.02 * i}
+            {"params": params[i::8], "lr": 0.01 * (i + 1), **entry.known(weight_decay=0.02 * i)}
             for i in range(8)
         ]
         groups[3]["max_grad_value"] = 0.25
-        if not entry.always_decouples:
-            groups[4]["decoupled_weight_decay"] = True
+        groups[4] |= entry.known(decoupled_weight_decay=True)
         runs.append(Run(params, make_fused(entry, groups, name, **richest(entry))))
     gpu, cpu = runs
     for seed in (1, 2, 3):

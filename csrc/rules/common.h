@@ -100,6 +100,12 @@ FUSEDOPT_HD T maximum(T a, T b) {
   return (a > b || a != a) ? a : b;
 }
 
+// 1, -1 or 0; as torch.sign has it, 0 for NaN.
+template <typename T>
+FUSEDOPT_HD T sign_of(T x) {
+  return x > T(0) ? T(1) : (x < T(0) ? T(-1) : T(0));
+}
+
 // An exponential moving average's weights, as torch.lerp forms them: the side with the smaller
 // weight is the correction.
 template <typename T>
@@ -114,12 +120,18 @@ struct Lerp {
   }
 };
 
-// The hyperparameters that open every rule's row, in this order.
+// The hyperparameters that open a rule's row, in this order.
 struct CommonHyper {
   double lr;
   double weight_decay;
   double decoupled_weight_decay;  // 0 or 1
   double maximize;                // 0 or 1
+};
+
+// Those that open the row of a rule without weight decay.
+struct UndecayedHyper {
+  double lr;
+  double maximize;  // 0 or 1
 };
 
 // The opening of every rule: g <- -g to maximize; then either p <- p (1 - lr wd) (decoupled,
@@ -134,6 +146,8 @@ struct Opening {
       : shrink(T(h.decoupled_weight_decay != 0.0 ? 1.0 - h.lr * h.weight_decay : 1.0)),
         l2(T(h.decoupled_weight_decay != 0.0 ? 0.0 : h.weight_decay)),
         sign(T(h.maximize != 0.0 ? -1.0 : 1.0)) {}
+  FUSEDOPT_HD explicit Opening(const UndecayedHyper& h)
+      : Opening(CommonHyper{h.lr, 0.0, 0.0, h.maximize}) {}
   FUSEDOPT_HD void operator()(T& param, T& grad) const {
     grad = sign * grad;
     grad = l2 != T(0) ? grad + l2 * param : grad;
