@@ -15,6 +15,7 @@ from .grad_scaler import GradScaler
 from .lion import Lion
 from .radam import RAdam
 from .rmsprop import RMSprop
+from .rprop import Rprop
 from .sgd import SGD
 
 try:
@@ -33,6 +34,7 @@ __all__ = [
     "Lion",
     "RAdam",
     "RMSprop",
+    "Rprop",
     "__version__",
     "from_torch",
 ]

@@ -193,6 +193,16 @@ TABLE = {
             },
         ),
         Entry(
+            "Rprop",
+            ("prev", "step_size"),
+            {
+                "plain": {"lr": 1e-2},
+                "etas": {"etas": (0.3, 1.7), "step_sizes": (4e-3, 2e-2)},
+                "maximize": {"maximize": True},
+            },
+            starts={"step_size": "lr"},
+        ),
+        Entry(
             "Lion",
             ("exp_avg",),
             {
