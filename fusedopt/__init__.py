@@ -9,10 +9,13 @@ from ._from_torch import from_torch
 from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam
+from .adamax import Adamax
 from .adamw import AdamW
 from .grad_scaler import GradScaler
 from .lion import Lion
+from .radam import RAdam
 from .rmsprop import RMSprop
+from .rprop import Rprop
 from .sgd import SGD
 
 try:
@@ -26,9 +29,12 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "GradScaler",
     "Lion",
+    "RAdam",
     "RMSprop",
+    "Rprop",
     "__version__",
     "from_torch",
 ]

@@ -59,9 +59,12 @@ class FusedOptimizer(WithSettings, torch.optim.Optimizer):
         arguments = self._rule.arguments
         for name in kwargs.keys() - arguments.keys():
             known = [*arguments, *GROUP_KEYS, *SETTINGS]
+            hints = [f"did you mean {near!r}?" for near in get_close_matches(name, known, 1)]
+            if name == "weight_decay":
+                hints = [f"{type(self).__name__} has no weight decay"]
             raise TypeError(
                 f"{type(self).__name__}() got an unexpected keyword argument {name!r}"
-                + "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, known, 1))
+                + "".join(f"; {hint}" for hint in hints)
             )
         self._pipeline = Pipeline(self._rule)
         self.max_grad_norm = max_grad_norm
@@ -88,8 +91,8 @@ class FusedOptimizer(WithSettings, torch.optim.Optimizer):
             param_group: ``params`` and whatever should differ from the defaults.
 
         Raises:
-            ValueError: For a limit that is not above zero, a setting of the whole optimizer, or
-                ``decoupled_weight_decay=False`` in AdamW.
+            ValueError: For a limit that is not above zero, a setting of the whole optimizer,
+                ``decoupled_weight_decay=False`` in AdamW, or weight decay in Rprop.
         """
         if isinstance(param_group, dict):
             where = f"in param group {len(getattr(self, 'param_groups', []))}"
@@ -128,6 +131,13 @@ class FusedOptimizer(WithSettings, torch.optim.Optimizer):
             check_limit(name, values.get(name), where)
         decoupled = values.get("decoupled_weight_decay")
         check_flag("decoupled_weight_decay", decoupled, where)
+        for name in () if self._rule.decays else ("weight_decay", "decoupled_weight_decay"):
+            value = values.get(name)
+            if value is not None and (isinstance(value, Tensor) or value != 0):
+                raise ValueError(
+                    f"{name} is {value!r} {where}, but {type(self).__name__} has no weight decay;"
+                    " leave it out"
+                )
         if self._rule.always_decouples and not values.get("decoupled_weight_decay", True):
             raise ValueError(
                 f"decoupled_weight_decay is {decoupled!r} {where}, but"

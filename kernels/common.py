@@ -35,6 +35,49 @@ def power(base, exponent):
 
 
 @triton.jit
+def multiply(a, b):
+    """The product of two numbers to twice float64's precision, each a (high, low).
+
+    By Dekker 1971 (Numerische Mathematik 18): without fused operations, and exact but for the last
+    bits of low.
+    """
+    a_high, a_low = a
+    b_high, b_low = b
+    a_scaled = 134217729.0 * a_high
+    b_scaled = 134217729.0 * b_high
+    a_upper = a_scaled - (a_scaled - a_high)
+    b_upper = b_scaled - (b_scaled - b_high)
+    a_lower = a_high - a_upper
+    b_lower = b_high - b_upper
+    product = a_high * b_high
+    rest = a_upper * b_upper - product + a_upper * b_lower + a_lower * b_upper
+    rest = rest + a_lower * b_lower + (a_high * b_low + a_low * b_high)
+    high = product + rest
+    return high, rest - (high - product)
+
+
+@triton.jit
+def precise_power(base, exponent):
+    """The same as power, rounded once where the exponent is a whole number.
+
+    As C libraries have it, for what is left after a cancellation.
+    """
+    # No counter reaches more.
+    counts = exponent < 2.0**52
+    whole = tl.where(counts, exponent, 0.0).to(tl.int64)
+    high, low = base * 0.0 + 1.0, base * 0.0
+    factor, factor_low = base, base * 0.0
+    n = whole
+    while n > 0:
+        longer, longer_low = multiply((high, low), (factor, factor_low))
+        high = tl.where((n & 1) != 0, longer, high)
+        low = tl.where((n & 1) != 0, longer_low, low)
+        factor, factor_low = multiply((factor, factor_low), (factor, factor_low))
+        n = n >> 1
+    return high * power(base, exponent - whole.to(tl.float64))
+
+
+@triton.jit
 def divide(a, b):
     """The quotient a / b, correctly rounded.
 
@@ -65,6 +108,12 @@ def maximum(a, b):
 
 
 @triton.jit
+def sign_of(x):
+    """1, -1 or 0; as torch.sign has it, 0 for NaN."""
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
 def lerp_weights(w, T: tl.constexpr):
     """An exponential moving average's weights as torch.lerp forms them: (weight, complement)."""
     return w.to(T), (1.0 - w).to(T)
@@ -80,7 +129,7 @@ def lerp(weights, start, end):
 
 @triton.jit
 def opening_constants(hyper, T: tl.constexpr):
-    """(shrink, l2, sign) from the hyperparameters that open every rule's row."""
+    """(shrink, l2, sign) from the hyperparameters that open a rule's row."""
     lr, weight_decay, decoupled_weight_decay, maximize = hyper[0], hyper[1], hyper[2], hyper[3]
     shrink = tl.where(decoupled_weight_decay != 0.0, 1.0 - lr * weight_decay, 1.0).to(T)
     l2 = tl.where(decoupled_weight_decay != 0.0, 0.0, weight_decay).to(T)

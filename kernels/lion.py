@@ -5,7 +5,7 @@ The step is the sign of one moving average, the state another; weight decay is a
 
 import triton
 import triton.language as tl
-from fusedopt.kernels.common import lerp, lerp_weights, opening, opening_constants
+from fusedopt.kernels.common import lerp, lerp_weights, opening, opening_constants, sign_of
 
 HYPER = ("lr", "weight_decay", "decoupled_weight_decay", "maximize", "betas.0", "betas.1")
 VARIANTS = ()
@@ -26,6 +26,4 @@ def update(constants, param, grad, state, VARIANT: tl.constexpr):
     open, lr, lerp_direction, lerp_avg = constants
     param, grad = opening(open, param, grad)
     direction = lerp(lerp_direction, state[0], grad)
-    # As torch.sign has it: zero for NaN.
-    sign = tl.where(direction > 0.0, 1.0, tl.where(direction < 0.0, -1.0, 0.0)).to(param.dtype)
-    return param - lr * sign, (lerp(lerp_avg, state[0], grad),)
+    return param - lr * sign_of(direction), (lerp(lerp_avg, state[0], grad),)

@@ -10,8 +10,8 @@ import functools
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Entry:
         variants: Keyword arguments worth testing, by a name for the test report.
         has_step: Whether the state has torch's `step`.
         sparse: Whether torch takes sparse gradients.
+        starts: The group keys of what states start from, where that is not zero.
     """
 
     name: str
@@ -49,10 +50,24 @@ class Entry:
     variants: dict[str, dict[str, Any]]
     has_step: bool = True
     sparse: bool = False
+    starts: Mapping[str, str] = field(default_factory=dict)
 
     def takes(self, name: str) -> bool:
         """Whether torch's class has this keyword argument."""
         return name in inspect.signature(self.stock).parameters
+
+    def known(self, **options: Any) -> dict[str, Any]:
+        """Returns the options, without those of weight decay for an algorithm that has none."""
+        if self.takes("weight_decay"):
+            return options
+        return {k: v for k, v in options.items() if not k.endswith("weight_decay")}
+
+    def is_fresh(self, name: str, value: Tensor, groups: Iterable[dict[str, Any]]) -> bool:
+        """Whether a state, named as by `Run.tensors`, is what a group has it start from."""
+        key = self.starts.get(name.partition(" ")[0])
+        starts = [0.0] if key is None else [float(group[key]) for group in groups]
+        parts = torch.view_as_real(value) if value.is_complex() else value
+        return any(torch.equal(parts, torch.full_like(parts, start)) for start in starts)
 
     @property
     def in_torch(self) -> bool:
@@ -72,7 +87,12 @@ class Entry:
     @property
     def decouples(self) -> bool:
         """Whether the plain class knows decoupled weight decay."""
-        return self.rule.always_decouples or self.takes("decoupled_weight_decay")
+        return self.always_decouples or self.takes("decoupled_weight_decay")
+
+    @property
+    def always_decouples(self) -> bool:
+        """Whether weight decay cannot be other than decoupled."""
+        return self.rule.always_decouples
 
     @property
     def stock(self) -> type[torch.optim.Optimizer]:
@@ -90,9 +110,10 @@ _DECAYS = {
     "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
     "maximize": {"maximize": True, "weight_decay": 0.01},
 }
+_BETAS = {"betas": {"betas": (0.3, 0.7), "eps": 1e-3}}
 _ADAM = {
     "amsgrad": {"amsgrad": True},
-    "betas": {"betas": (0.3, 0.7), "eps": 1e-3},
+    **_BETAS,
     "amsgrad_decay": {"amsgrad": True, "weight_decay": 0.1, "lr": 0.1},
 }
 
@@ -155,11 +176,37 @@ TABLE = {
                 **_DECAYS,
             },
             sparse=True,
+            starts={"sum": "initial_accumulator_value"},
         ),
         Entry(
             "Adadelta",
             ("square_avg", "acc_delta"),
             {"plain": {"lr": 1.0}, "rho": {"rho": 0.5, "lr": 0.3, "eps": 1e-4}, **_DECAYS},
+        ),
+        Entry(
+            "Adamax",
+            ("exp_avg", "exp_inf"),
+            {"plain": {"lr": 1e-2}, **_BETAS, **_DECAYS},
+        ),
+        Entry(
+            "RAdam",
+            ("exp_avg", "exp_avg_sq"),
+            {
+                "plain": {"lr": 1e-2},
+                "betas": {"betas": (0.3, 0.9), "eps": 1e-3},
+                "own_decoupled": {"decoupled_weight_decay": True, "weight_decay": 0.3, "lr": 0.1},
+                **_DECAYS,
+            },
+        ),
+        Entry(
+            "Rprop",
+            ("prev", "step_size"),
+            {
+                "plain": {"lr": 1e-2},
+                "etas": {"etas": (0.3, 1.7), "step_sizes": (4e-3, 2e-2)},
+                "maximize": {"maximize": True},
+            },
+            starts={"step_size": "lr"},
         ),
         Entry(
             "Lion",
@@ -410,6 +457,13 @@ class Run:
         for seed in range(first, first + count):
             set_grads(self.params, seed, **grad_options)
             self.optimizer.step()
+        return self
+
+    def advance(self, step: float = 10.0) -> Run:
+        """Sets the counters, where there are any, past what rules do in their first steps only."""
+        for entries in self.optimizer.state.values():
+            if "step" in entries:
+                entries["step"].fill_(step)
         return self
 
     def tensors(self) -> dict[str, Tensor]:

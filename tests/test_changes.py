@@ -12,6 +12,7 @@ from cases import (
     COUNTING,
     ENTRIES,
     TABLE,
+    Entry,
     Run,
     assert_close,
     backends,
@@ -78,11 +79,18 @@ def test_no_gradient_at_all(entry, backend):
     )
 
 
+def entry_of(run: Run) -> Entry:
+    """Returns the entry of a run's optimizer, ours or torch's."""
+    return TABLE[type(run.optimizer).__name__]
+
+
 def add_group(run: Run) -> None:
     """Adds a group with hyperparameters of its own."""
     more = make_params(((6,), (2, 2)), device=str(run.params[0].device), seed=50)
     run.params += more
-    run.optimizer.add_param_group({"params": more, "lr": 0.3, "weight_decay": 0.2})
+    run.optimizer.add_param_group(
+        {"params": more, "lr": 0.3, **entry_of(run).known(weight_decay=0.2)}
+    )
 
 
 def append_parameter(run: Run) -> None:
@@ -109,8 +117,13 @@ def exchange_parameter(run: Run) -> None:
     """Puts another parameter of another shape in a parameter's place, with fresh state."""
     other = make_params(((3, 8),), device=str(run.params[0].device), seed=50)[0]
     state = run.optimizer.state.pop(run.params[2])
+    starts = entry_of(run).starts
     run.optimizer.state[other] = {
-        name: value.new_zeros(other.shape if value.dim() else ()) for name, value in state.items()
+        name: value.new_full(
+            other.shape if value.dim() else (),
+            run.optimizer.defaults[starts[name]] if name in starts else 0.0,
+        )
+        for name, value in state.items()
     }
     run.optimizer.param_groups[0]["params"][2] = run.params[2] = other
 
@@ -141,7 +154,7 @@ def split_groups(run: Run) -> None:
 def other_numbers(run: Run) -> None:
     """Writes hyperparameters, one of them a flag."""
     group = run.optimizer.param_groups[0]
-    group["lr"], group["weight_decay"], group["maximize"] = 0.25, 0.05, True
+    group.update(lr=0.25, maximize=True, **entry_of(run).known(weight_decay=0.05))
 
 
 def replace_state(run: Run) -> None:

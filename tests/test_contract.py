@@ -250,7 +250,7 @@ def test_tensor_lr_filled_in_place(entry, backend):
 def test_tensor_hyperparameters(entry, backend):
     """One-element tensors where torch takes them: betas of Adam, weight decay everywhere."""
     start = make_params(SHAPES, device=device_of(backend))
-    options = {"weight_decay": torch.tensor(0.1)}
+    options = entry.known(weight_decay=torch.tensor(0.1))
     if entry.name in ("Adam", "AdamW"):
         options["betas"] = (torch.tensor(0.8), torch.tensor(0.95))
     stock = run_stock(entry, start, **options).steps(3)

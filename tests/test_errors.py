@@ -13,14 +13,17 @@ from cases import (
     ENTRIES,
     TABLE,
     Run,
+    assert_close,
     assert_same_bits,
     backends,
     device_of,
+    entries,
     make_fused,
     make_params,
     native_backends,
     richest,
     run_fused,
+    run_stock,
     set_grads,
 )
 
@@ -99,6 +102,26 @@ def test_contradicting_backend(entry):
     assert entry.fused(make_params(), fused=False).backend == "torch"
     assert entry.fused(make_params(), fused=False, backend="torch").backend == "torch"
     assert entry.fused(make_params(), fused=True).backend == "auto"
+
+
+@pytest.mark.parametrize(
+    "entry", **entries(entry for entry in TABLE.values() if not entry.takes("weight_decay"))
+)
+@pytest.mark.parametrize("backend", backends())
+def test_no_weight_decay(entry, backend):
+    """Refused where it is asked for; what stands in a group by other ways is as nothing."""
+    text = f"{entry.name} has no weight decay"
+    with pytest.raises(TypeError, match=f"unexpected keyword argument 'weight_decay'; {text}"):
+        entry.fused(make_params(), weight_decay=0.0)
+    with pytest.raises(ValueError, match=f"decoupled_weight_decay is True for the .* {text}"):
+        entry.fused(make_params(), decoupled_weight_decay=True)
+    start = make_params([(3,), (4,)], device=device_of(backend))
+    run = run_fused(entry, start, backend, decoupled_weight_decay=False)
+    for key, value in {"weight_decay": 0.1, "decoupled_weight_decay": True}.items():
+        with pytest.raises(ValueError, match=f"{key} is {value} in param group 1, but {text}"):
+            run.optimizer.add_param_group({"params": make_params([(2,)]), key: value})
+        run.optimizer.param_groups[0][key] = value
+    assert_close(run.steps(2).tensors(), run_stock(entry, start).steps(2).tensors())
 
 
 def test_adamw_always_decouples():
@@ -220,8 +243,8 @@ def test_group_without_a_key_of_torch(entry, backend):
     """A group put together by hand that lacks what the rule needs."""
     params = make_params([(3,)], device=device_of(backend))
     run = Run(params, make_fused(entry, params, backend)).steps(1)
-    del run.optimizer.param_groups[0]["weight_decay"]
-    with pytest.raises(KeyError, match="weight_decay"):
+    del run.optimizer.param_groups[0]["maximize"]
+    with pytest.raises(KeyError, match="maximize"):
         run.steps(1)
 
 

@@ -59,12 +59,12 @@ def test_groups_extras_and_names(entry):
     """Groups keep their own hyperparameters, extras win, names stay."""
     module = torch.nn.Linear(3, 2)
     named = list(module.named_parameters())
-    groups = [{"params": named[:1], "lr": 0.25}, {"params": named[1:], "weight_decay": 0.5}]
+    groups = [{"params": named[:1], "lr": 0.25}, {"params": named[1:], "maximize": True}]
     source = entry.stock(groups, **richest(entry))
     twin = fusedopt.from_torch(source, max_grad_norm=2.0, max_grad_value=0.5, skip_nonfinite=True)
     assert [group["param_names"] for group in twin.param_groups] == [["weight"], ["bias"]]
     assert [group["lr"] for group in twin.param_groups] == [0.25, source.defaults["lr"]]
-    assert twin.param_groups[1]["weight_decay"] == 0.5
+    assert twin.param_groups[1]["maximize"] is True
     assert [group["max_grad_value"] for group in twin.param_groups] == [0.5, 0.5]
     assert (twin.max_grad_norm, twin.skip_nonfinite, twin.backend) == (2.0, True, "auto")
     assert list(twin.param_groups[0])[0] == "params"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import math
 
 import pytest
@@ -133,7 +132,11 @@ def test_launches(entry, backend, options, groups):
     """One launch for all tensors of all groups, two with a norm; at most one copy of pointers."""
     params = make_params([(1 + 7 * i,) for i in range(500)], device="cuda")
     rows = [
-        {"params": params[i::groups], "lr": 0.01 * (i + 1), "weight_decay": 0.01 * (i % 3 + 1)}
+        {
+            "params": params[i::groups],
+            "lr": 0.01 * (i + 1),
+            **entry.known(weight_decay=0.01 * (i % 3 + 1)),
+        }
         for i in range(groups)
     ]
     run = Run(params, make_fused(entry, rows, backend, **{**richest(entry), **options}))
@@ -228,7 +231,7 @@ def test_two_gpus(entry, places):
 def test_counters_and_checkpoints(entry, backend):
     """Counters live on the device; `state_dict` has them where stock torch would."""
     flags = [{}]
-    if "capturable" in inspect.signature(entry.stock).parameters:
+    if entry.takes("capturable"):
         flags.append({"capturable": True})
     if entry.name in ("Adam", "AdamW"):
         flags.append({"fused": True})

@@ -129,7 +129,9 @@ def test_any_history_equals_separate_passes(entry, backend, data):
     """Any pattern of gradients, overflows, scalers and clips, with checkpoints in between."""
     dampening = {"dampening": 0.5} if entry.takes("dampening") else {}
     options = cases.gentle(entry) | dampening
-    history = History(entry, backend, data.draw(DTYPES), data.draw(GROUPS), options)
+    dtype = data.draw(DTYPES)
+    groups = [entry.known(**group) for group in data.draw(GROUPS)]
+    history = History(entry, backend, dtype, groups, options)
     for seed, step in enumerate(data.draw(STEPS)):
         history.play(seed, step)
     history.trio.check()

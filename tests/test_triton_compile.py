@@ -20,6 +20,7 @@ import triton.language as tl
 from fusedopt.kernels import launch, pieces
 from fusedopt.kernels.apply import apply_kernel
 from fusedopt.kernels.reduce import reduce_kernel
+from kernel_costs import RULES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -34,7 +35,8 @@ TYPES = {
     "bfloat16_state_float32": (BF16, BF16, F32),
 }
 WORDS = ("pieces_ptr", "spans_ptr", "tensors_ptr", "groups_ptr", "grads_ptr")
-VARIANTS = [("adam", 1), ("sgd", 1), ("rmsprop", 3), ("adagrad", 0), ("adadelta", 0)]
+#: Of each rule the one with all states.
+VARIANTS = [(rule, (1 << len(launch.load_rule(rule).VARIANTS)) - 1) for rule in RULES]
 
 
 def nvidia(capability):
@@ -150,12 +152,12 @@ def test_every_rule_on_every_architecture(rule, variant, capability):
     assert wide(ptx, "st") == 2 * (1 + states)
     assert_exact(ptx)
     assert not re.search(r"\bmax\.", ptx)
-    if rule != "sgd":
-        assert "div.rn.f32" in ptx
-        assert "sqrt.rn.f32" in ptx
-    if rule == "adam":
-        assert "sqrt.rn.f64" in ptx
-        assert "div.rn.f64" in ptx
+    # What the rule takes from kernels/common.py.
+    expected = {"divide": {"div.rn.f32"}, "root": {"sqrt.rn.f32"}}
+    expected["power"] = {"sqrt.rn.f64", "div.rn.f64"}
+    for name, instructions in expected.items():
+        if hasattr(launch.load_rule(rule), name):
+            assert all(instruction in ptx for instruction in instructions)
     assert "cubin" in asm
 
 

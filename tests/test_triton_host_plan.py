@@ -184,7 +184,7 @@ SPOILERS = {
     "text": lambda twins: twins.groups[0].update(lr="fast"),
     "several numbers": lambda twins: twins.groups[1].update(eps=torch.ones(2)),
     "no number": lambda twins: twins.groups[0].update(betas=(0.9, None)),
-    "missing key": lambda twins: twins.groups[0].pop("weight_decay"),
+    "missing key": lambda twins: twins.groups[0].pop("maximize"),
     "missing flag": lambda twins: twins.groups[1].pop("amsgrad"),
     "limit": lambda twins: twins.groups[1].update(max_grad_value=-2),
     "limit nan": lambda twins: twins.groups[0].update(max_grad_norm_per_param=math.nan),

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,13 +25,12 @@ from fusedopt.kernels import launch
 from fusedopt.kernels.host_plan import layout_words
 from fusedopt.kernels.pieces import BLOCK, EDGE
 from fusedopt.kernels.rows import GroupRow, Row
+from kernel_costs import CSRC, RULES
 
 # Inputs hold inf, nan and numbers that overflow on purpose; masked lanes compute on zeros.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-CSRC = Path(__file__).parent.parent / "csrc"
-RULES = {"adam": 2, "sgd": 2, "rmsprop": 4, "adagrad": 1, "adadelta": 1}
-VARIANTS = [(rule, variant) for rule, count in RULES.items() for variant in range(count)]
+VARIANTS = [(rule, v) for rule in RULES for v in range(1 << len(launch.load_rule(rule).VARIANTS))]
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 # Parameter, gradient, states.
 TYPES = {
@@ -60,6 +58,10 @@ HYPER = {
     "alpha": (0.99, 0.4),
     "lr_decay": (0.01, 0.0),
     "rho": (0.9, 0.5),
+    "etas.0": (0.5, 0.3),
+    "etas.1": (1.2, 1.7),
+    "step_sizes.0": (1e-6, 4e-3),
+    "step_sizes.1": (50.0, 0.5),
 }
 
 HARNESS = """
@@ -220,9 +222,12 @@ def step_and_compare(
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize(("rule", "variant"), VARIANTS)
 def test_rule_has_the_bits_of_cpp(cpp_rules, rule, variant, types):
-    """Over two steps, groups and sizes around the block; nothing outside is written."""
+    """Over early and late steps, groups and sizes around the block; nothing outside is written."""
     torch.manual_seed(variant)
-    problems = [Problem(rule, variant, n, types, group=i % 2) for i, n in enumerate(SIZES)]
+    problems = [
+        Problem(rule, variant, n, types, group=i % 2, step=10.0 * (i // 2))
+        for i, n in enumerate(SIZES)
+    ]
     groups = [GroupRow(hyper_of(rule, group), 30.0, math.inf) for group in range(2)]
     tables = make_tables(problems, groups)
     control = torch.tensor([0.7, 0.3, 0.0, 0.0, 0.0], dtype=F64)
@@ -275,11 +280,12 @@ def test_long_pieces_of_several_blocks(cpp_rules, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [0.0, 1.0, 6.0, 999.0, 123456.0, 16777216.0])
-def test_power_of_large_steps(cpp_rules, step):
-    """A counter beyond 2^24 stays where it is, as in float32."""
-    p = Problem("adam", 0, 33, TYPES["float64"], step=step, wild=False)
+@pytest.mark.parametrize("rule", ["adam", "radam"])
+def test_power_of_large_steps(cpp_rules, rule, step):
+    """In one precision or in two; a counter beyond 2^24 stays where it is, as in float32."""
+    p = Problem(rule, 0, 33, TYPES["float64"], step=step, wild=False)
     tables = make_tables([p])
-    expected = p.expect(cpp_rules, hyper_of("adam", 0), (1.0, math.inf, 1.0, 1.0))
+    expected = p.expect(cpp_rules, hyper_of(rule, 0), (1.0, math.inf, 1.0, 1.0))
     tables.apply(torch.tensor([1.0, 1.0, 0, 0, 0], dtype=F64), controlled=True)
     assert_same_bits(p.param, expected[0])
     assert float(p.counter) == float(torch.tensor(step) + 1)

@@ -58,10 +58,52 @@ FUSEDOPT_HD double power(double base, double exponent) {
   return result;
 }
 
+// A number to twice the precision of double: what one double holds of it, and the rest.
+struct Twofold {
+  double high;
+  double low;
+};
+
+// The product, by Dekker 1971 (Numerische Mathematik 18): without fused operations, and exact but
+// for the last bits of `low`.
+FUSEDOPT_HD Twofold multiply(const Twofold& a, const Twofold& b) {
+  constexpr double kSplit = 0x1p27 + 1.0;
+  const double a_upper = kSplit * a.high - (kSplit * a.high - a.high);
+  const double b_upper = kSplit * b.high - (kSplit * b.high - b.high);
+  const double a_lower = a.high - a_upper;
+  const double b_lower = b.high - b_upper;
+  const double product = a.high * b.high;
+  const double rest = a_upper * b_upper - product + a_upper * b_lower + a_lower * b_upper +
+                      a_lower * b_lower + (a.high * b.low + a.low * b.high);
+  const double high = product + rest;
+  return {high, rest - (high - product)};
+}
+
+// The same as power, rounded once where the exponent is a whole number: as C libraries have it, for
+// what is left after a cancellation.
+FUSEDOPT_HD double precise_power(double base, double exponent) {
+  constexpr double kUncounted = 0x1p52;  // beyond what any counter reaches
+  if (!(exponent < kUncounted)) return power(base, exponent);
+  const int64_t whole = static_cast<int64_t>(exponent);
+  Twofold result = {1.0, 0.0};
+  Twofold factor = {base, 0.0};
+  for (int64_t n = whole; n > 0; n >>= 1) {
+    if (n & 1) result = multiply(result, factor);
+    factor = multiply(factor, factor);
+  }
+  return result.high * power(base, exponent - static_cast<double>(whole));
+}
+
 // The larger of the two; NaN in either comes through (CUDA's fmaxf would drop it).
 template <typename T>
 FUSEDOPT_HD T maximum(T a, T b) {
   return (a > b || a != a) ? a : b;
+}
+
+// 1, -1 or 0; as torch.sign has it, 0 for NaN.
+template <typename T>
+FUSEDOPT_HD T sign_of(T x) {
+  return x > T(0) ? T(1) : (x < T(0) ? T(-1) : T(0));
 }
 
 // An exponential moving average's weights, as torch.lerp forms them: the side with the smaller
@@ -78,12 +120,18 @@ struct Lerp {
   }
 };
 
-// The hyperparameters that open every rule's row, in this order.
+// The hyperparameters that open a rule's row, in this order.
 struct CommonHyper {
   double lr;
   double weight_decay;
   double decoupled_weight_decay;  // 0 or 1
   double maximize;                // 0 or 1
+};
+
+// Those that open the row of a rule without weight decay.
+struct UndecayedHyper {
+  double lr;
+  double maximize;  // 0 or 1
 };
 
 // The opening of every rule: g <- -g to maximize; then either p <- p (1 - lr wd) (decoupled,
@@ -98,6 +146,8 @@ struct Opening {
       : shrink(T(h.decoupled_weight_decay != 0.0 ? 1.0 - h.lr * h.weight_decay : 1.0)),
         l2(T(h.decoupled_weight_decay != 0.0 ? 0.0 : h.weight_decay)),
         sign(T(h.maximize != 0.0 ? -1.0 : 1.0)) {}
+  FUSEDOPT_HD explicit Opening(const UndecayedHyper& h)
+      : Opening(CommonHyper{h.lr, 0.0, 0.0, h.maximize}) {}
   FUSEDOPT_HD void operator()(T& param, T& grad) const {
     grad = sign * grad;
     grad = l2 != T(0) ? grad + l2 * param : grad;

@@ -38,9 +38,7 @@ struct lion {
     T& exp_avg = state[0];
     c.open(param, grad);
     const T direction = c.lerp_direction(exp_avg, grad);
-    // As torch.sign has it: zero for NaN.
-    const T sign = direction > T(0) ? T(1) : (direction < T(0) ? T(-1) : T(0));
-    param = param - c.lr * sign;
+    param = param - c.lr * sign_of(direction);
     exp_avg = c.lerp_avg(exp_avg, grad);
   }
 };

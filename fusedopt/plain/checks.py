@@ -112,6 +112,8 @@ class _Checked(NamedTuple):
     @property
     def decays(self) -> bool:
         """Whether the plain rule adds the decayed parameter to the gradient."""
+        if not self.rule.decays:
+            return False
         decay = self.group["weight_decay"]
         decoupled = self.rule.always_decouples or self.group.get("decoupled_weight_decay")
         return not decoupled and (isinstance(decay, Tensor) or decay != 0)

@@ -61,6 +61,11 @@ class PlainRule:
         """The arguments of the plain class."""
         return inspect.signature(self.plain).parameters
 
+    @property
+    def decays(self) -> bool:
+        """Whether the algorithm has weight decay at all."""
+        return "weight_decay" in self.arguments
+
     def collect(self, group: dict[str, Any], state: Any, defaults: dict[str, Any]) -> None:
         """Creates what state is missing, of the parameters in ``group`` that have a gradient.
 
@@ -81,7 +86,7 @@ class PlainRule:
         group = dict(group)
         if "decoupled_weight_decay" in self.arguments:
             group.setdefault("decoupled_weight_decay", False)
-        elif group.get("decoupled_weight_decay") and not self.always_decouples:
+        elif self.decays and group.get("decoupled_weight_decay") and not self.always_decouples:
             _shrink(group)
             group["weight_decay"] = 0
         for name, value in group.items():

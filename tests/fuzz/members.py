@@ -25,7 +25,7 @@ def add_group(world: World, rng: Random) -> None:
 
 
 def _decouples(world: World) -> bool:
-    default = world.entry.rule.always_decouples
+    default = world.entry.always_decouples
     return bool(world.story.options.get("decoupled_weight_decay", default))
 
 

@@ -112,7 +112,7 @@ def hyperparameter(side: Side, rng: Random) -> Undo | None:
     if (found := _pick(side, rng, native=True)) is None:
         return None
     value = rng.choice(("fast", None, [0.1], torch.ones(2)))
-    return _put(found[0], rng.choice(("lr", "weight_decay")), value)
+    return _put(found[0], rng.choice([k for k in ("lr", "weight_decay") if k in found[0]]), value)
 
 
 def limit(side: Side, rng: Random) -> Undo | None:

@@ -24,6 +24,8 @@ def hyperparameter(world: World, rng: Random) -> None:
         "alpha": (0.5, 0.9),
         "rho": (0.5, 0.95),
         "lr_decay": (0.0, 0.1),
+        "etas": ((0.3, 1.5), [0.6, 1.1]),
+        "step_sizes": ((1e-4, 0.1), [1e-3, 10.0]),
     }
     if world.entry.name == "SGD":
         choices |= {"momentum": (0.0, 0.5, 0.9), "dampening": (0.0, 0.3)}
@@ -57,8 +59,10 @@ def group_setting(world: World, rng: Random) -> None:
     """Writes one of our keys into a group."""
     groups = pick_group(world, rng)
     name = rng.choice(OUR_KEYS)
+    if name == "decoupled_weight_decay" and not world.entry.takes("weight_decay"):
+        return
     if name == "decoupled_weight_decay":
-        value: Any = True if world.entry.rule.always_decouples else rng.random() < 0.5
+        value: Any = True if world.entry.always_decouples else rng.random() < 0.5
     else:
         value = rng.choice(LIMITS)
     if name == "max_grad_value" and any(p.is_complex() for p in groups[0]["params"]):

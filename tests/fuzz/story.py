@@ -86,12 +86,12 @@ def draw_group(rng: Random, entry: Entry) -> dict[str, Any]:
     group: dict[str, Any] = {}
     if rng.random() < 0.6:
         group["lr"] = rng.choice((0.0, 1e-3, 0.03, 0.5))
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and entry.takes("weight_decay"):
         group["weight_decay"] = rng.choice((0.0, 0.1))
     for name in ("max_grad_norm_per_param", "max_grad_value"):
         if rng.random() < 0.3:
             group[name] = rng.choice(LIMITS)
-    if not entry.rule.always_decouples and rng.random() < 0.2:
+    if not entry.always_decouples and rng.random() < 0.2 and entry.takes("weight_decay"):
         group["decoupled_weight_decay"] = True
     return group
 

@@ -87,7 +87,7 @@ class Side:
             f"memory around {name}": outside(value)
             for name, value in found.items()
             if not value.is_sparse and value.untyped_storage().nbytes() > value.nbytes
-            if not name.startswith("step")
+            if not name.startswith("step of")
         }
         return {**found, **around}
 
@@ -189,8 +189,8 @@ class World:
     def make_stock(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Returns torch's, whose groups carry our keys along."""
         options = {**self.entry.serial, **self.story.options}
-        always = options.get("decoupled_weight_decay", self.entry.rule.always_decouples)
-        if not self.entry.takes("decoupled_weight_decay"):
+        always = options.get("decoupled_weight_decay", self.entry.always_decouples)
+        if not self.entry.decouples:
             options.pop("decoupled_weight_decay", None)
         plain = {"fused": None} if self.entry.takes("fused") else {}
         groups = [{"decoupled_weight_decay": always, **group, **plain} for group in groups]
@@ -210,7 +210,7 @@ class World:
             assert self._untouched(name, ours[name]), f"{name} is set, but torch has none"
         for name, value in stock.items():
             own = ours[name].detach()
-            if not name.startswith("step") and own.dtype != value.dtype:
+            if not name.startswith("step of") and own.dtype != value.dtype:
                 own = own.to(value.dtype)  # put into another type by hand
             assert same_bits(bits(own), bits(value)), f"{name} is not torch's:\n{own}\n{value}"
         for group, theirs in zip(
@@ -229,10 +229,9 @@ class World:
 
     def _untouched(self, name: str, value: Tensor) -> bool:
         """Whether a state is as made: stock torch makes it later, in the first applied step."""
-        start = {0.0}
-        if name.startswith("sum"):
-            start.add(self.story.options.get("initial_accumulator_value", 0.0))
-        return set(bits(value).double().flatten().tolist()) <= start
+        found = set(bits(value).double().flatten().tolist())
+        # From what it started, its group may say no more.
+        return found <= {0.0} or (len(found) == 1 and name.split()[0] in self.entry.starts)
 
 
 def pick(world: World, rng: Random) -> int:
