@@ -12,6 +12,7 @@ from .adam import Adam
 from .adamw import AdamW
 from .grad_scaler import GradScaler
 from .lion import Lion
+from .nadam import NAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
 
@@ -28,6 +29,7 @@ __all__ = [
     "AdamW",
     "GradScaler",
     "Lion",
+    "NAdam",
     "RMSprop",
     "__version__",
     "from_torch",

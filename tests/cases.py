@@ -38,10 +38,12 @@ class Entry:
 
     Attributes:
         name: Of torch's class and of ours.
-        states: Names in `optimizer.state[parameter]`, apart from `step`, that some variant has.
+        states: Names in `optimizer.state[parameter]`, apart from `step` and scalars, that some
+            variant has.
         variants: Keyword arguments worth testing, by a name for the test report.
         has_step: Whether the state has torch's `step`.
         sparse: Whether torch takes sparse gradients.
+        scalars: Names of what is in the state beside `step` and, like it, a number.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Entry:
     variants: dict[str, dict[str, Any]]
     has_step: bool = True
     sparse: bool = False
+    scalars: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
         """Whether torch's class has this keyword argument."""
@@ -162,6 +165,16 @@ TABLE = {
             {"plain": {"lr": 1.0}, "rho": {"rho": 0.5, "lr": 0.3, "eps": 1e-4}, **_DECAYS},
         ),
         Entry(
+            "NAdam",
+            ("exp_avg", "exp_avg_sq"),
+            {
+                "plain": {"lr": 1e-2},
+                "momentum": {"momentum_decay": 0.3, "betas": (0.3, 0.7), "eps": 1e-3},
+                **_DECAYS,
+            },
+            scalars=("mu_product",),
+        ),
+        Entry(
             "Lion",
             ("exp_avg",),
             {
@@ -176,6 +189,10 @@ TABLE = {
 }
 
 NAMES = tuple(TABLE)
+#: What is in a state beside `step` and, like it, a number.
+SCALARS = {name for entry in TABLE.values() for name in entry.scalars}
+#: The same with `step`.
+COUNTED = SCALARS | {"step"}
 #: (entry, keyword arguments), for `@pytest.mark.parametrize("entry, options", **CASES)`.
 CASES = {
     "argvalues": [(e, options) for e in TABLE.values() for options in e.variants.values()],
@@ -196,6 +213,8 @@ IN_TORCH = entries(entry for entry in TABLE.values() if entry.in_torch)
 CAPTURABLE = entries(entry for entry in TABLE.values() if entry.takes("capturable"))
 #: Those with torch's `step` in their state.
 COUNTING = entries(entry for entry in TABLE.values() if entry.has_step)
+#: Those with further scalars.
+SCALED = entries(entry for entry in TABLE.values() if entry.scalars)
 
 
 def richest(entry: Entry) -> dict[str, Any]:
@@ -392,6 +411,8 @@ def states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
             entries = dict(optimizer.state.get(param, {}))
             if "step" in entries:
                 entries["step"] = torch.as_tensor(entries["step"], dtype=torch.float64).cpu()
+            for name in SCALARS & entries.keys():
+                entries[name] = entries[name].cpu()
             result.append(
                 {name: entries[name] for name in sorted(entries) if entries[name] is not None}
             )

@@ -113,10 +113,16 @@ def assert_untouched(run: cases.Run, before: dict[str, Tensor]) -> None:
     """
     now = snapshot(run)
     cases.assert_same_bits({name: now[name] for name in before}, before)
-    initial = {group.get("initial_accumulator_value", 0.0) for group in run.optimizer.param_groups}
+    groups = run.optimizer.param_groups
+    initial = {
+        "sum": {group.get("initial_accumulator_value", 0.0) for group in groups},
+        "mu_product": {1.0},
+        "mu": {1.0},
+        "eta": {torch.tensor(float(group["lr"])).item() for group in groups},
+    }
     made = [name for name in now.keys() - before.keys() if not name.startswith("gradient")]
     for name in made:
-        start = initial if name.startswith("sum") else {0.0}
+        start = initial.get(name.partition(" ")[0], {0.0})
         assert set(now[name].flatten().tolist()) <= start, f"{name} was written"
 
 
@@ -240,7 +246,8 @@ def assert_as_accurate(
     assert stock.keys() == truth.keys()
     assert stock.keys() <= ours.keys()
     for name in ours.keys() - stock.keys():
-        assert not ours[name].any(), f"{name} is set, but torch's does not exist"
+        start = float(name.startswith("mu"))
+        assert (ours[name] == start).all(), f"{name} is set, but torch's does not exist"
     roles: dict[Any, list[str]] = defaultdict(list)
     finite = {}
     for name, value in stock.items():
