@@ -13,6 +13,7 @@ from .adamax import Adamax
 from .adamw import AdamW
 from .grad_scaler import GradScaler
 from .lion import Lion
+from .nadam import NAdam
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .rprop import Rprop
@@ -32,6 +33,7 @@ __all__ = [
     "Adamax",
     "GradScaler",
     "Lion",
+    "NAdam",
     "RAdam",
     "RMSprop",
     "Rprop",

@@ -38,8 +38,8 @@ def settled_state(rule: PlainRule, counters: StepCounters, training: Training) -
         return training.state
     settled = training.state.copy()
     for params in by_device.values():
-        for param, step in counters.host_steps(training.state, params).items():
-            settled[param] = {**training.state[param], "step": step}
+        for param, scalars in counters.on_host(training.state, params).items():
+            settled[param] = {**training.state[param], **scalars}
     for param in unset:
         entries = {k: v for k, v in settled[param].items() if k != rule.starts_unset}
         if entries:
@@ -96,6 +96,22 @@ def check(rule: PlainRule, training: Training, checkpoint: dict[str, Any]) -> No
                 _check_entries(rule, checkpoint["state"][key], param, needed, name)
 
 
+def keep_scalars(rule: PlainRule, training: Training, checkpoint: dict[str, Any]) -> None:
+    """Gives the scalars of a checkpoint that torch has just taken back their type.
+
+    Torch leaves that of ``step`` alone, and rounds all else to the parameters'.
+    """
+    for group, saved in zip(training.param_groups, checkpoint["param_groups"], strict=True):
+        for param, key in zip(group["params"], saved["params"], strict=True):
+            given, taken = checkpoint["state"].get(key, {}), training.state.get(param, {})
+            for name in rule.scalars:
+                value, own = given.get(name), taken.get(name)
+                if not isinstance(value, Tensor) or not isinstance(own, Tensor):
+                    continue
+                if own.dtype != value.dtype:
+                    taken[name] = value.detach().to(own.device, copy=True)
+
+
 def _check_group(
     rule: PlainRule, defaults: dict[str, Any], index: int, group: dict[str, Any], saved: Any
 ) -> dict[str, Any]:
@@ -138,15 +154,16 @@ def _check_entries(
         return
     if missing := sorted(needed - entries.keys()):
         raise KeyError(f"the state of {name} in state_dict has no {missing[0]!r}; {_REMEDY}")
-    for key in {"step", *rule.states} & entries.keys():
+    for key in {*rule.counted, *rule.states} & entries.keys():
         value = entries[key]
         if value is None and key not in needed:
             continue
         where = f"{key!r} in the state of {name} in state_dict"
         is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not isinstance(value, Tensor) and not (key == "step" and is_number):
+        is_counted = key in rule.counted
+        if not isinstance(value, Tensor) and not (is_counted and is_number):
             raise TypeError(f"{where} is {value!r}; expected a tensor: {_REMEDY}")
-        if key == "step":
+        if is_counted:
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{where} is {describe(value)}; expected one number: {_REMEDY}")
             continue

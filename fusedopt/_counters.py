@@ -1,4 +1,7 @@
-"""The counters of applied steps: a 0-dim tensor for each parameter, which the kernels advance."""
+"""The counters of applied steps: a 0-dim tensor for each parameter, which the kernels advance.
+
+So they do with a rule's further scalars.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class StepCounters:
     Where the state has ``step``, that tensor is the counter. Where it has not, but a buffer that
     the first step sets (SGD's momentum), a hidden one says whether it has been set: zero means not
     yet, as after a first step that was skipped. Otherwise there is nothing to say, and all
-    parameters share a counter that nobody reads.
+    parameters share a counter that nobody reads. The rule's scalars are always the state's own.
 
     Args:
         rule: Says which of them it is.
@@ -27,6 +30,8 @@ class StepCounters:
 
     def __init__(self, rule: PlainRule) -> None:
         self._in_state = rule.has_step
+        self._names = rule.counted
+        self._on_host = rule.counts_on_host
         self._buffer_name = rule.starts_unset
         # By the id of a buffer that is alive.
         self._of_buffer: dict[int, Tensor] = {}
@@ -37,8 +42,8 @@ class StepCounters:
     ) -> dict[Tensor, Tensor | None]:
         """Returns the counters of ``params``; None where the state of a parameter lacks its own.
 
-        A ``step`` that is on another device, of a type that kernels do not count in, or another
-        parameter's too, is replaced by a copy that fits.
+        A ``step`` or a scalar that is on another device, of a type that kernels do not count in, or
+        another parameter's too, is replaced by a copy that fits.
         """
         counters: dict[Tensor, Tensor | None] = {}
         if not self._in_state:
@@ -55,32 +60,39 @@ class StepCounters:
         seen: set[int] = set()
         for param in params:
             entries = state.get(param, {})
-            step = entries.get("step")
-            if step is not None:
-                if not _counts(step, param.device) or step.data_ptr() in seen:
-                    step = entries["step"] = _counter_like(step, param.device)
-                seen.add(step.data_ptr())
-            counters[param] = step
+            for name in self._names:
+                scalar = entries.get(name)
+                if scalar is None:
+                    continue
+                if not _counts(scalar, param.device) or scalar.data_ptr() in seen:
+                    scalar = entries[name] = _counter_like(scalar, param.device)
+                seen.add(scalar.data_ptr())
+            counters[param] = entries.get("step")
         return counters
 
-    def host_steps(
+    def on_host(
         self, state: dict[Tensor, Any], params: Iterable[Tensor]
-    ) -> dict[Tensor, Tensor]:
-        """Returns the ``step`` of these parameters in the CPU's memory, by one copy for each type.
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """Returns what torch keeps of these parameters in the CPU's memory, by one copy a type.
 
-        Parameters whose ``step`` is there already, or no tensor, are left out.
+        That is ``step`` and the scalars; those that are there already, or no tensors, are left out.
         """
-        by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        if not self._on_host:
+            return {}
+        by_type: dict[torch.dtype, list[tuple[Tensor, str]]] = defaultdict(list)
         for param in params:
-            step = state.get(param, {}).get("step")
-            if isinstance(step, Tensor) and step.device.type != "cpu":
-                by_type[step.dtype].append(param)
-        steps: dict[Tensor, Tensor] = {}
-        for counted in by_type.values():
-            copy = torch.stack([state[param]["step"].reshape(()) for param in counted]).cpu()
+            entries = state.get(param, {})
+            for name in self._names:
+                scalar = entries.get(name)
+                if isinstance(scalar, Tensor) and scalar.device.type != "cpu":
+                    by_type[scalar.dtype].append((param, name))
+        found: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        for places in by_type.values():
+            copy = torch.stack([state[param][name].reshape(()) for param, name in places]).cpu()
             # Each in memory of its own, or one that is saved alone would take all others along.
-            steps |= {param: copy[i].clone() for i, param in enumerate(counted)}
-        return steps
+            for i, (param, name) in enumerate(places):
+                found[param][name] = copy[i].clone()
+        return found
 
     def create_unset(self, params: Iterable[Tensor], state: dict[Tensor, Any]) -> None:
         """Gives parameters memory for the buffer that the first step sets."""

@@ -77,8 +77,8 @@ class FusedOptimizer(WithSettings, torch.optim.Optimizer):
         given = {name: value for name, value in given.items() if value is not False}
         if "fused" in arguments:
             kwargs["fused"] = fused
-        if "decoupled_weight_decay" in arguments:
-            kwargs["decoupled_weight_decay"] = given.pop("decoupled_weight_decay", False)
+        if "decoupled_weight_decay" in arguments and "decoupled_weight_decay" in given:
+            kwargs["decoupled_weight_decay"] = given.pop("decoupled_weight_decay")
         super().__init__(*args, **kwargs)
         for group in (self.defaults, *self.param_groups):
             for name, value in given.items():
@@ -280,15 +280,26 @@ class FusedOptimizer(WithSettings, torch.optim.Optimizer):
                 " optimizer.state_dict() returned"
             )
 
+        final: dict[str, Any] = {}
+
         # After the hooks of users: they may make a checkpoint fit.
         def check(optimizer: Any, checkpoint: dict[str, Any]) -> None:
             _checkpoint.check(self._rule, optimizer._training(), checkpoint)
+            final.update(checkpoint)
 
-        handle = self.register_load_state_dict_pre_hook(check)
+        # Before them: they see what has been loaded.
+        def keep_scalars(optimizer: Any) -> None:
+            _checkpoint.keep_scalars(self._rule, optimizer._training(), final)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(keep_scalars, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what pickle and deepcopy keep: torch's entries and our settings."""

@@ -276,12 +276,12 @@ class Pipeline:
             if (
                 odd is None
                 and not self._observed
-                and not _routing.needs_plain_rule(param, group, entries)
+                and not _routing.needs_plain_rule(param, group, entries, self._rule.counted)
                 and backends.for_device(self.settings.backend, param.device) is not None
             ):
                 native.append(member)
         shared = _routing.sharing_memory(
-            (member.param, _written(member.param, training.state)) for member in native
+            (member.param, self._written(member.param, training.state)) for member in native
         )
         self._shared_places = {member.place for member in native if member.param in shared}
         by_device = defaultdict(list)
@@ -289,6 +289,15 @@ class Pipeline:
             if member.place not in self._shared_places:
                 by_device[member.param.device].append(member)
         return dict(by_device)
+
+    def _written(self, param: Tensor, state: Any) -> list[Tensor]:
+        """Returns what a step writes for a parameter, besides its counter and scalars."""
+        counted = self._rule.counted
+        return [param] + [
+            value
+            for name, value in state.get(param, {}).items()
+            if isinstance(value, Tensor) and name not in counted
+        ]
 
     def _create_state(
         self, entries: list[Member], params: list[Tensor], training: Training
@@ -363,14 +372,6 @@ def _name_of(member: Member, training: Training) -> str:
     before = training.param_groups[: member.group]
     position = member.place - sum(len(other["params"]) for other in before)
     return f"parameter {position} of param group {member.group}"
-
-
-def _written(param: Tensor, state: Any) -> list[Tensor]:
-    """Returns what a step writes for a parameter, besides its counter."""
-    entries = state.get(param, {})
-    return [param] + [
-        value for name, value in entries.items() if isinstance(value, Tensor) and name != "step"
-    ]
 
 
 def _refuse_while_capturing(device_types: set[str]) -> None:

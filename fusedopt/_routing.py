@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -78,8 +78,13 @@ def entries_of(state: Any, param: Tensor, name_of: Callable[[], str]) -> Any:
     return entries
 
 
-def needs_plain_rule(param: Tensor, group: dict[str, Any], entries: Mapping[str, Any]) -> bool:
-    """Whether a plain parameter takes the plain rule under every backend."""
+def needs_plain_rule(
+    param: Tensor, group: dict[str, Any], entries: Mapping[str, Any], counted: Collection[str]
+) -> bool:
+    """Whether a plain parameter takes the plain rule under every backend.
+
+    What is ``counted`` in its state has no say: it can be replaced.
+    """
     return (
         group.get("differentiable", False)
         or not (_is_read_as_dict(group) and _is_read_as_dict(entries))
@@ -91,7 +96,7 @@ def needs_plain_rule(param: Tensor, group: dict[str, Any], entries: Mapping[str,
             or torch._is_functional_tensor(tensor)
             or tensor.is_inference()
             for name, tensor in [("param", param), *entries.items()]
-            if isinstance(tensor, Tensor) and name != "step"
+            if isinstance(tensor, Tensor) and name not in counted
         )
     )
 

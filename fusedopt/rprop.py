@@ -20,7 +20,8 @@ class _RpropRule(PlainRule):
                 like.grad = param.detach()
                 maker: Any = SimpleNamespace(state={like: training.state[param]})
                 one = {**group, "params": [like]}
-                torch.optim.Rprop._init_group(maker, one, *([] for _ in range(5)))
+                init_group: Any = torch.optim.Rprop._init_group
+                init_group(maker, one, *([] for _ in range(5)))
         return group
 
 

@@ -29,8 +29,10 @@ from fusedopt.kernels.table import (
     load_group,
     load_hyper,
     load_piece,
+    load_scalars,
     load_step,
     operand_offsets,
+    store_scalars,
     store_step,
 )
 
@@ -77,7 +79,9 @@ def apply_kernel(
     CONTROLLED: tl.constexpr,
     CONSTANTS: tl.constexpr,
     UPDATE: tl.constexpr,
+    ADVANCE: tl.constexpr,
     HYPERS: tl.constexpr,
+    SCALARS: tl.constexpr,
     VARIANT: tl.constexpr,
     TYPES: tl.constexpr,
     T: tl.constexpr,
@@ -89,7 +93,8 @@ def apply_kernel(
     CONTROLLED: the control block was written before, and ``coefs_ptr`` holds each tensor's clip
     coefficient (None: 1). Else this launch is the whole step, and its first program writes the
     control block from the scaler's two tensors. TYPES are those of parameter, gradient and states
-    in memory. A null gradient, or a step to skip: nothing is written.
+    in memory. ADVANCE tells what becomes of the row's SCALARS; None where the rule has none. A null
+    gradient, or a step to skip: nothing is written.
     """
     piece = first + tl.program_id(0)
     if CONTROLLED:
@@ -112,7 +117,12 @@ def apply_kernel(
     if (grad_address != 0) & (skip == 0):
         group_ptr = groups_ptr + load_group(row_ptr) * GROUP_WORDS
         step = load_step(row_ptr)
-        constants = CONSTANTS(load_hyper(group_ptr, HYPERS), step, T)
+        hyper = load_hyper(group_ptr, HYPERS)
+        if SCALARS > 0:
+            scalars = load_scalars(row_ptr, SCALARS)
+            constants = CONSTANTS(hyper, step, scalars, T)
+        else:
+            constants = CONSTANTS(hyper, step, T)
         if coefs_ptr is not None:
             param_clip = tl.load(coefs_ptr + tensor)
         else:
@@ -172,6 +182,8 @@ def apply_kernel(
                 )
                 done += EDGE
 
-        # Every piece of the tensor reads the counter, so the last one to finish writes it.
+        # Every piece of the tensor reads its counter, so the last one to finish writes it.
         if arrive_last(tickets_ptr + 1 + tensor, tl.load(spans_ptr + tensor * SPAN_WORDS + 1)):
             store_step(row_ptr, step)
+            if SCALARS > 0:
+                store_scalars(row_ptr, ADVANCE(hyper, step, scalars), SCALARS)

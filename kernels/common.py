@@ -78,6 +78,12 @@ def precise_power(base, exponent):
 
 
 @triton.jit
+def kept(scalar, x):
+    """What is left of a number when it is kept in a scalar: (value, whether it is in float32)."""
+    return tl.where(scalar[1], x.to(tl.float32).to(tl.float64), x)
+
+
+@triton.jit
 def divide(a, b):
     """The quotient a / b, correctly rounded.
 

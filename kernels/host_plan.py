@@ -37,6 +37,7 @@ class _Found(NamedTuple):
     param: Tensor
     entry: Any
     states: list[Any]
+    scalars: list[Any]
     counter: Any
 
 
@@ -72,6 +73,7 @@ class HostPlan:
         self._device = device
         self._groups = self._read_groups(param_groups)
         self._names = [launch.state_names(self._rule, group.variant) for group in self._groups]
+        self._scalars = launch.scalar_names(self._rule)
         self._kinds = _kinds(self._groups, param_groups)
         members = _routing.members_of(param_groups)
         self._members = _routing.identities(members)
@@ -86,7 +88,9 @@ class HostPlan:
         self._facts = list(map(_facts, found))
         # Whether the state of each exists.
         self._ready = [
-            slot.counter is not None and all(_fits(each, slot.param) for each in slot.states)
+            slot.counter is not None
+            and all(_fits(each, slot.param) for each in slot.states)
+            and all(_is_scalar(each, device) for each in slot.scalars)
             for slot in found
         ]
         # What the rows take for granted about each gradient: until one is seen, that it is like its
@@ -122,7 +126,7 @@ class HostPlan:
         self._kept = [
             each.untyped_storage()
             for slot in found
-            for each in (slot.param, *slot.states, slot.counter)
+            for each in (slot.param, *slot.states, *slot.scalars, slot.counter)
             if _is_strided(each)
         ]
         # One by one: what thousands of them leave behind would call the garbage collector.
@@ -151,8 +155,9 @@ class HostPlan:
             member = members[place]
             entries = _entries(state, member.param)
             states = [entries.get(name) for name in self._names[member.group]]
+            scalars = [entries.get(name) for name in self._scalars]
             counter = entries.get("step") if hidden is None else hidden
-            found.append(_Found(*member, state.get(member.param), states, counter))
+            found.append(_Found(*member, state.get(member.param), states, scalars, counter))
         return found
 
     def _take_grads(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -228,17 +233,26 @@ class HostPlan:
         for slot, ready, like in zip(self._found, self._ready, self._likeness, strict=True):
             param, (grad_type, grad_stride) = slot.param, like
             states, counter = (slot.states, slot.counter) if ready else ([], None)
+            # The last operands are the scalars.
+            scalars = slot.scalars if ready else []
+            unused = MAX_STATES - len(states) - len(scalars)
             strides = [param.stride(), grad_stride, *(state.stride() for state in states)]
             layout = layout_words(param.shape, strides)
             row = Row(
                 param.data_ptr(),
-                tuple(state.data_ptr() for state in states),
+                (*map(_address, states), *(0,) * unused, *map(_address, scalars)),
                 0 if counter is None else counter.data_ptr(),
                 torch.float32 if counter is None else counter.dtype,
                 address + 8 * len(layouts) if layout else 0,
                 param.numel(),
                 slot.group,
-                (param.dtype, grad_type, *(state.dtype for state in states)),
+                (
+                    param.dtype,
+                    grad_type,
+                    *(state.dtype for state in states),
+                    *(param.dtype,) * unused,
+                    *(scalar.dtype for scalar in scalars),
+                ),
             )
             rows.append(row.pack())
             layouts.extend(layout)
@@ -307,8 +321,22 @@ def _facts(slot: _Found) -> Any:
         (id(each), each.data_ptr(), each.dtype, each.shape, each.stride(), each.is_neg())
         if _is_strided(each)
         else id(each)
-        for each in (slot.param, *slot.states, slot.counter)
+        for each in (slot.param, *slot.states, *slot.scalars, slot.counter)
     ]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def _is_scalar(value: Any, device: torch.device) -> bool:
+    """Whether kernels advance it: whoever hands out the counters has replaced what they do not."""
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 0
+        and value.device == device
+        and value.dtype in (torch.float32, torch.float64)
+    )
 
 
 def _fits(tensor: Any, param: Tensor) -> bool:

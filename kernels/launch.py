@@ -50,13 +50,30 @@ _captured: list[Tables] = []
 
 
 def load_rule(name: str) -> ModuleType:
-    """The module of a rule: HYPER, VARIANTS, STATES, constants, update."""
+    """The module of a rule: HYPER, VARIANTS, STATES, constants, update; maybe SCALARS, advance."""
     return importlib.import_module(f"fusedopt.kernels.{name}")
 
 
 def state_names(rule: ModuleType, variant: int) -> tuple[str, ...]:
     """The states that a variant of a rule has, in order."""
     return tuple(name for name, bit in rule.STATES if bit & variant == bit)
+
+
+def scalar_names(rule: ModuleType) -> tuple[str, ...]:
+    """The scalars that a rule has, in order."""
+    names: tuple[str, ...] = getattr(rule, "SCALARS", ())
+    return names
+
+
+def rule_constants(rule: ModuleType) -> dict[str, Any]:
+    """What of a rule is compiled into the apply kernel, whatever the variant."""
+    return {
+        "CONSTANTS": rule.constants,
+        "UPDATE": rule.update,
+        "ADVANCE": getattr(rule, "advance", None),
+        "HYPERS": len(rule.HYPER),
+        "SCALARS": len(scalar_names(rule)),
+    }
 
 
 def capturing(device: torch.device) -> bool:
@@ -165,9 +182,7 @@ class Tables:
 
     def _apply_constants(self, launch: Launch) -> dict[str, Any]:
         return {
-            "CONSTANTS": self._rule.constants,
-            "UPDATE": self._rule.update,
-            "HYPERS": len(self._rule.HYPER),
+            **rule_constants(self._rule),
             "VARIANT": launch.variant,
             "TYPES": tuple(TYPES[dtype] for dtype in launch.types),
             "T": TYPES[launch.compute_type],

@@ -31,8 +31,8 @@ class Row(NamedTuple):
     """A TensorRow: one parameter's addresses, and what decides which launch serves it.
 
     ``step`` is 0 while the parameter's state does not exist, ``layout`` where all operands are
-    dense in the same order. ``types`` are those of param, grad and states. The address of the
-    gradient stands elsewhere.
+    dense in the same order. The last of MAX_STATES ``states`` are the rule's scalars. ``types`` are
+    those of param, grad and states. The address of the gradient stands elsewhere.
     """
 
     param: int
@@ -45,7 +45,7 @@ class Row(NamedTuple):
     types: tuple[torch.dtype, ...]
 
     def pack(self) -> bytes:
-        """The struct; states that the rule does not have are null and of the parameter's type."""
+        """The struct; states that are left out are null and of the parameter's type."""
         states = (*self.states, *(0,) * (MAX_STATES - len(self.states)))
         types = (*self.types, *(self.types[0],) * (OPERANDS - len(self.types)))
         operands = zip((self.param, 0, *states), map(_NUMBER_OF.__getitem__, types), strict=True)

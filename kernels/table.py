@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from fusedopt.kernels import rows
 
-# TensorRow: the operands (param, grad, states), each an address and a word with its number type;
-# the counter, the layout, and a word with the group's index in its lower half and the counter's
-# number type in the byte above.
+# TensorRow: the operands (param, grad, states; the last of these are the rule's scalars), each an
+# address and a word with its number type in the lowest byte; the counter, the layout, and a word
+# with the group's index in its lower half and the counter's number type in the byte above.
 OPERAND_WORDS = tl.constexpr(2)
+OPERANDS = tl.constexpr(rows.OPERANDS)
 STEP = tl.constexpr(OPERAND_WORDS.value * rows.OPERANDS)
 LAYOUT = tl.constexpr(STEP.value + 1)
 GROUP_AND_TYPE = tl.constexpr(STEP.value + 3)
@@ -77,6 +78,34 @@ def store_step(row_ptr, step):
         tl.store(address.to(tl.pointer_type(tl.float64)), step)
     else:
         tl.store(address.to(tl.pointer_type(tl.float32)), step.to(tl.float32))
+
+
+@triton.jit
+def load_scalars(row_ptr, COUNT: tl.constexpr):
+    """A row's scalars as rules take them: each a float64 and whether it is kept in float32."""
+    scalars = ()
+    for i in tl.static_range(COUNT):
+        home_ptr = row_ptr + (OPERANDS - COUNT + i) * OPERAND_WORDS
+        address = tl.load(home_ptr)
+        narrow = tl.load(home_ptr + 1) & 0xFF == 0
+        if narrow:
+            value = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+        else:
+            value = tl.load(address.to(tl.pointer_type(tl.float64)))
+        scalars = scalars + ((value, narrow),)
+    return scalars
+
+
+@triton.jit
+def store_scalars(row_ptr, values, COUNT: tl.constexpr):
+    """Sets a row's scalars."""
+    for i in tl.static_range(COUNT):
+        home_ptr = row_ptr + (OPERANDS - COUNT + i) * OPERAND_WORDS
+        address = tl.load(home_ptr)
+        if tl.load(home_ptr + 1) & 0xFF == 0:
+            tl.store(address.to(tl.pointer_type(tl.float32)), values[i].to(tl.float32))
+        else:
+            tl.store(address.to(tl.pointer_type(tl.float64)), values[i])
 
 
 @triton.jit

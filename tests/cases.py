@@ -38,11 +38,13 @@ class Entry:
 
     Attributes:
         name: Of torch's class and of ours.
-        states: Names in `optimizer.state[parameter]`, apart from `step`, that some variant has.
+        states: Names in `optimizer.state[parameter]`, apart from `step` and scalars, that some
+            variant has.
         variants: Keyword arguments worth testing, by a name for the test report.
         has_step: Whether the state has torch's `step`.
         sparse: Whether torch takes sparse gradients.
-        starts: The group keys of what states start from, where that is not zero.
+        starts: What states start from, where that is not zero: a number, or its group key.
+        scalars: Names of what is in the state beside `step` and, like it, a number.
     """
 
     name: str
@@ -50,7 +52,8 @@ class Entry:
     variants: dict[str, dict[str, Any]]
     has_step: bool = True
     sparse: bool = False
-    starts: Mapping[str, str] = field(default_factory=dict)
+    starts: Mapping[str, str | float] = field(default_factory=dict)
+    scalars: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
         """Whether torch's class has this keyword argument."""
@@ -64,8 +67,8 @@ class Entry:
 
     def is_fresh(self, name: str, value: Tensor, groups: Iterable[dict[str, Any]]) -> bool:
         """Whether a state, named as by `Run.tensors`, is what a group has it start from."""
-        key = self.starts.get(name.partition(" ")[0])
-        starts = [0.0] if key is None else [float(group[key]) for group in groups]
+        start = self.starts.get(name.partition(" ")[0], 0.0)
+        starts = [float(group[start]) if isinstance(start, str) else start for group in groups]
         parts = torch.view_as_real(value) if value.is_complex() else value
         return any(torch.equal(parts, torch.full_like(parts, start)) for start in starts)
 
@@ -199,6 +202,17 @@ TABLE = {
             },
         ),
         Entry(
+            "NAdam",
+            ("exp_avg", "exp_avg_sq"),
+            {
+                "plain": {"lr": 1e-2},
+                "momentum": {"momentum_decay": 0.3, "betas": (0.3, 0.7), "eps": 1e-3},
+                **_DECAYS,
+            },
+            scalars=("mu_product",),
+            starts={"mu_product": 1.0},
+        ),
+        Entry(
             "Rprop",
             ("prev", "step_size"),
             {
@@ -223,6 +237,10 @@ TABLE = {
 }
 
 NAMES = tuple(TABLE)
+#: What is in a state beside `step` and, like it, a number.
+SCALARS = {name for entry in TABLE.values() for name in entry.scalars}
+#: The same with `step`.
+COUNTED = SCALARS | {"step"}
 #: (entry, keyword arguments), for `@pytest.mark.parametrize("entry, options", **CASES)`.
 CASES = {
     "argvalues": [(e, options) for e in TABLE.values() for options in e.variants.values()],
@@ -243,6 +261,8 @@ IN_TORCH = entries(entry for entry in TABLE.values() if entry.in_torch)
 CAPTURABLE = entries(entry for entry in TABLE.values() if entry.takes("capturable"))
 #: Those with torch's `step` in their state.
 COUNTING = entries(entry for entry in TABLE.values() if entry.has_step)
+#: Those with further scalars.
+SCALED = entries(entry for entry in TABLE.values() if entry.scalars)
 
 
 def richest(entry: Entry) -> dict[str, Any]:
@@ -439,6 +459,8 @@ def states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
             entries = dict(optimizer.state.get(param, {}))
             if "step" in entries:
                 entries["step"] = torch.as_tensor(entries["step"], dtype=torch.float64).cpu()
+            for name in SCALARS & entries.keys():
+                entries[name] = entries[name].cpu()
             result.append(
                 {name: entries[name] for name in sorted(entries) if entries[name] is not None}
             )

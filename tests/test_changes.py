@@ -117,12 +117,10 @@ def exchange_parameter(run: Run) -> None:
     """Puts another parameter of another shape in a parameter's place, with fresh state."""
     other = make_params(((3, 8),), device=str(run.params[0].device), seed=50)[0]
     state = run.optimizer.state.pop(run.params[2])
-    starts = entry_of(run).starts
+    starts = {name: entry_of(run).starts.get(name, 0.0) for name in state}
+    starts |= {k: run.optimizer.defaults[v] for k, v in starts.items() if isinstance(v, str)}
     run.optimizer.state[other] = {
-        name: value.new_full(
-            other.shape if value.dim() else (),
-            run.optimizer.defaults[starts[name]] if name in starts else 0.0,
-        )
+        name: value.new_full(other.shape if value.dim() else (), starts[name])
         for name, value in state.items()
     }
     run.optimizer.param_groups[0]["params"][2] = run.params[2] = other

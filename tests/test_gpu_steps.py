@@ -244,9 +244,10 @@ def test_counters_and_checkpoints(entry, backend):
         ):
             if entry.has_step:
                 assert live["step"].device.type == "cuda"
-                assert entries["step"].device.type == ("cuda" if flag else "cpu")
+                for name in ("step", *entry.scalars):
+                    assert entries[name].device.type == ("cuda" if flag else "cpu")
                 assert entries["step"].item() == 2
-            assert all(entries[name].is_cuda for name in entries if name != "step")
+            assert all(entries[name].is_cuda for name in entry.states if name in entries)
         resumed = run_fused(entry, run.params, backend, **richest(entry), **flag)
         resumed.optimizer.load_state_dict(saved)
         for each in (run, resumed):

@@ -71,6 +71,7 @@ def test_beyond_the_type_of_the_arithmetic(backend, size, skips):
 def test_checkpoint_right_after_a_skipped_first_step(entry, options, backend, skips):
     """Stock torch, a reload into ours, a deepcopy and a pickle go on as if nothing had happened."""
     params = cases.make_params(device=cases.device_of(backend))
+    # Stock torch takes over our groups, and with them what says whether it goes one by one.
     options = {**entry.serial, **options}
     ours = cases.run_fused(entry, params, backend, skip_nonfinite=True, **options)
     for _ in range(skips):

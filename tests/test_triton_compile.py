@@ -65,9 +65,7 @@ def build_apply(rule, variant, types, target, controlled=True):
         del constants["coefs_ptr"]
     constants |= {
         "CONTROLLED": controlled,
-        "CONSTANTS": module.constants,
-        "UPDATE": module.update,
-        "HYPERS": len(module.HYPER),
+        **launch.rule_constants(module),
         "VARIANT": variant,
         "TYPES": (*types[:2], *[types[2]] * states),
         "T": F64 if types[0] == F64 else F32,

@@ -8,7 +8,7 @@ from array import array
 
 import pytest
 import torch
-from cases import CASES, TABLE, make_params, set_grads
+from cases import CASES, SCALED, TABLE, make_params, richest, set_grads
 
 pytest.importorskip("triton")
 
@@ -171,6 +171,27 @@ def test_parameters_without_state():
     twins.assert_same()
     set_grads(twins.params, 5)
     assert twins.begin() is not None
+
+
+@needs_extension
+@pytest.mark.parametrize("entry", **SCALED)
+def test_scalars_that_come_and_go(entry):
+    """A scalar that is gone is missing state; another one, or other memory, is another plan."""
+    twins = Twins(entry, richest(entry))
+    (name, *_), entries = entry.scalars, twins.state[twins.params[1]]
+    for change in (
+        lambda: entries.update({name: entries[name].double()}),
+        lambda: setattr(entries[name], "data", entries[name].data.clone()),
+        lambda: entries.pop(name),
+    ):
+        change()
+        assert twins.begin()[0]
+        twins.make()
+        twins.begin()
+        twins.assert_same()
+    assert ids(twins.begin()[1]) == ids([twins.params[1]])
+    entries[name] = torch.tensor(0.5)
+    assert twins.begin()[0]
 
 
 def give(param, grad):

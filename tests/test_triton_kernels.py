@@ -24,7 +24,7 @@ import triton_tools
 from fusedopt.kernels import launch
 from fusedopt.kernels.host_plan import layout_words
 from fusedopt.kernels.pieces import BLOCK, EDGE
-from fusedopt.kernels.rows import GroupRow, Row
+from fusedopt.kernels.rows import MAX_STATES, GroupRow, Row
 from kernel_costs import CSRC, RULES
 
 # Inputs hold inf, nan and numbers that overflow on purpose; masked lanes compute on zeros.
@@ -62,6 +62,7 @@ HYPER = {
     "etas.1": (1.2, 1.7),
     "step_sizes.0": (1e-6, 4e-3),
     "step_sizes.1": (50.0, 0.5),
+    "momentum_decay": (0.004, 0.3),
 }
 
 HARNESS = """
@@ -69,13 +70,23 @@ HARNESS = """
 #include <cstring>
 %s
 #include "core/control.h"
+#include "core/scalars.h"
 using namespace fusedopt;
 template <typename Rule, int kVariant, typename T>
 void run(const double* hyper, double step, const double* factors, int64_t n, T* param,
-         const T* grad, T** states) {
+         const T* grad, T** states, double* scalars) {
   typename Rule::Hyper h;
   memcpy(&h, hyper, sizeof(h));
-  const typename Rule::template Constants<T> constants(h, step);
+  constexpr int kScalars = rules::kScalarCount<Rule>;
+  rules::Scalars<kScalars> kept{};
+  if constexpr (kScalars > 0) {
+    for (int k = 0; k < kScalars; ++k) kept[k] = {scalars[k], true};
+  }
+  const auto constants = make_constants<Rule, T>(h, step, kept);
+  if constexpr (kScalars > 0) {
+    Rule::advance(h, step, kept);
+    for (int k = 0; k < kScalars; ++k) scalars[k] = kept[k].value;
+  }
   const GradTransform<T> transform{T(factors[0]), T(factors[1]), T(factors[2]), T(factors[3])};
   constexpr int kCount = rules::count_states<Rule>(kVariant);
   for (int64_t i = 0; i < n; ++i) {
@@ -88,8 +99,9 @@ void run(const double* hyper, double step, const double* factors, int64_t n, T* 
 """
 ENTRY = """
 extern "C" void {rule}_{variant}_{T}(const double* hyper, double step, const double* factors,
-                                     int64_t n, {T}* param, const {T}* grad, {T}** states) {{
-  run<rules::{rule}, {variant}, {T}>(hyper, step, factors, n, param, grad, states);
+                                     int64_t n, {T}* param, const {T}* grad, {T}** states,
+                                     double* scalars) {{
+  run<rules::{rule}, {variant}, {T}>(hyper, step, factors, n, param, grad, states, scalars);
 }}
 """
 
@@ -130,29 +142,39 @@ class Problem:
             operand.copy_(numbers(numel, wild and index < 2, positive=index >= 2))
         self.param, self.grad, self.states = self.operands[0], self.operands[1], self.operands[2:]
         self.counter = torch.tensor(step)
+        self.scalars = [torch.tensor(0.5) for _ in launch.scalar_names(launch.load_rule(rule))]
         self.layout = ()
 
     def row(self):
         """How the plan would describe this parameter."""
+        unused = MAX_STATES - len(self.states) - len(self.scalars)
         return Row(
             self.param.data_ptr(),
-            tuple(state.data_ptr() for state in self.states),
+            (
+                *(state.data_ptr() for state in self.states),
+                *(0,) * unused,
+                *(scalar.data_ptr() for scalar in self.scalars),
+            ),
             self.counter.data_ptr(),
             self.counter.dtype,
             0,
             self.param.numel(),
             self.group,
-            tuple(operand.dtype for operand in self.operands),
+            (
+                *(operand.dtype for operand in self.operands),
+                *(self.param.dtype,) * unused,
+                *(scalar.dtype for scalar in self.scalars),
+            ),
         )
 
     def expect(self, cpp_rules, hyper, factors):
-        """What the C++ rule makes of param and states as they are now, in the same shapes."""
+        """What the C++ rule makes of param, states and scalars as they are now."""
         T = F64 if self.param.dtype == F64 else F32
         step = float(self.counter + 1)
         values = [operand.to(T).contiguous().clone() for operand in self.operands]
         states = (ctypes.c_void_p * 4)(*(value.data_ptr() for value in values[2:]))
         run = getattr(cpp_rules, f"{self.rule}_{self.variant}_{'double' if T == F64 else 'float'}")
-        doubles = [torch.tensor(numbers_, dtype=F64) for numbers_ in (hyper, factors)]
+        doubles = [torch.tensor(each, dtype=F64) for each in (hyper, factors, self.scalars)]
         run(
             ctypes.c_void_p(doubles[0].data_ptr()),
             ctypes.c_double(step),
@@ -161,10 +183,13 @@ class Problem:
             ctypes.c_void_p(values[0].data_ptr()),
             ctypes.c_void_p(values[1].data_ptr()),
             states,
+            ctypes.c_void_p(doubles[2].data_ptr()),
         )
         return [
             narrow(value, operand.dtype)
-            for value, operand in zip(values, self.operands, strict=True)
+            for value, operand in zip(
+                [*values, *doubles[2]], [*self.operands, *self.scalars], strict=True
+            )
         ]
 
 
@@ -211,7 +236,9 @@ def step_and_compare(
     counts = [float(p.counter) for p in problems]
     tables.apply(control, controlled=not scaler, **scaler)
     for p, values, count in zip(problems, expected, counts, strict=True):
-        for index, (operand, value) in enumerate(zip(p.operands, values, strict=True)):
+        for index, (operand, value) in enumerate(
+            zip([*p.operands, *p.scalars], values, strict=True)
+        ):
             assert_same_bits(
                 operand, value, f"{p.rule} {p.variant} operand {index} of {operand.numel()}"
             )

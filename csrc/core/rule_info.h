@@ -4,6 +4,7 @@
 
 #include <cstddef>
 
+#include "core/table.h"
 #include "rules/common.h"
 
 namespace fusedopt {
@@ -21,6 +22,10 @@ struct RuleInfo {
   Span<const char*> hyper;     // group keys; "betas.0" is element 0 of "betas"
   Span<const char*> variants;  // bit i of a variant is the truth of the i-th of these group keys
   Span<rules::StateName> states;
+  Span<const char*> scalars;
+  // Advances the scalars of all rows with a gradient, on the host and before their counters. Null:
+  // the rule has none.
+  void (*advance_scalars)(const Table& table);
 };
 
 // All rules, in the order of every per-rule array.

@@ -25,6 +25,7 @@ struct Operand {
 struct TensorRow {
   Operand param;
   Operand grad;  // only read
+  // The rule's states come first, its scalars (core/scalars.h) last, at least one null between.
   Operand state[kMaxStates];
   void* step;  // 0-dim counter of applied steps, of step_type; null: the state does not exist yet
   const int64_t* layout;  // null: every operand is dense in the same order; else see Layout

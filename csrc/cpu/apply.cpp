@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/control.h"
+#include "core/scalars.h"
 #include "cpu/convert.h"
 #include "cpu/kernels.h"
 #include "cpu/operand.h"
@@ -16,6 +17,8 @@ namespace FUSEDOPT_ISA {
 namespace {
 
 using Rule = rules::FUSEDOPT_RULE;
+
+constexpr int kScalars = rules::kScalarCount<Rule>;
 
 constexpr int array_length(int variant) { return std::max(1, rules::count_states<Rule>(variant)); }
 
@@ -132,18 +135,22 @@ constexpr auto piece_updates(std::index_sequence<kVariants...>) {
       {{&update_piece<kVariants, false, T>, &update_piece<kVariants, true, T>}...}};
 }
 
-// Constants are computed again only where the group or the step differs from the piece before.
+// Constants are computed again only where the group, the step or the scalars differ from the piece
+// before.
 template <typename T>
 class ConstantsCache {
  public:
-  const typename Rule::template Constants<T>& get(const GroupRow* group, double step) {
-    if (group != group_ || step != step_) {
+  const typename Rule::template Constants<T>& get(const GroupRow* group, const TensorRow& row) {
+    const double step = next_step(row);
+    const auto scalars = load_scalars<kScalars>(row);
+    if (group != group_ || step != step_ || !same_scalars(scalars, scalars_)) {
       typename Rule::Hyper hyper;
       static_assert(sizeof(hyper) <= sizeof(group->hyper));
       memcpy(&hyper, group->hyper, sizeof(hyper));
-      constants_ = typename Rule::template Constants<T>(hyper, step);
+      constants_ = make_constants<Rule, T>(hyper, step, scalars);
       group_ = group;
       step_ = step;
+      scalars_ = scalars;
     }
     return constants_;
   }
@@ -151,7 +158,9 @@ class ConstantsCache {
  private:
   const GroupRow* group_ = nullptr;
   double step_ = 0.0;
-  typename Rule::template Constants<T> constants_{typename Rule::Hyper{}, 1.0};
+  rules::Scalars<kScalars> scalars_{};
+  typename Rule::template Constants<T> constants_ =
+      make_constants<Rule, T>(typename Rule::Hyper{}, 1.0, scalars_);
 };
 
 template <typename T>
@@ -162,7 +171,7 @@ void apply_piece(const Job& job, const TensorRow& row, const Piece& piece,
   const double param_clip = job.param_clips == nullptr ? 1.0 : job.param_clips[piece.tensor];
   const GradTransform<T> transform{T(job.control.unscale), T(group->max_grad_value), T(param_clip),
                                    T(job.control.clip)};
-  kUpdates[group->variant][job.transforms](cache.get(group, next_step(row)), transform, row, piece);
+  kUpdates[group->variant][job.transforms](cache.get(group, row), transform, row, piece);
 }
 
 // Asks for the beginning of a small piece's memory while the one before is worked on; large pieces

@@ -7,6 +7,7 @@
 #include <cfenv>
 
 #include "core/control.h"
+#include "core/rule_info.h"
 #include "core/sum_order.h"
 #include "cpu/instruction_sets.h"
 
@@ -82,6 +83,7 @@ void apply(Job& job, size_t rule, int threads) {
   job.transforms = job.control.unscale != 1.0 || job.control.clip != 1.0 ||
                    job.param_clips != nullptr || clips_by_value(table.groups, table.group_count);
   for_each_task(job, threads, current_instruction_set().apply[rule]);
+  if (const auto advance = all_rules().data[rule].advance_scalars) advance(table);
   for (int64_t i = 0; i < table.tensor_count; ++i) {
     if (table.tensors[i].grad.data != nullptr) advance_step(table.tensors[i]);
   }

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "core/control.h"
+#include "core/scalars.h"
 #include "cuda/access.cuh"
 #include "cuda/block.cuh"
 
@@ -23,14 +24,13 @@ struct PieceNumbers {
   int scales;
 };
 
-template <typename Types>
-FUSEDOPT_DEVICE typename Types::Rule::template Constants<typename Types::Compute> make_constants(
-    const GroupRow& group, double step) {
-  using Hyper = typename Types::Rule::Hyper;
+template <typename Rule>
+FUSEDOPT_DEVICE typename Rule::Hyper read_hyper(const GroupRow& group) {
+  using Hyper = typename Rule::Hyper;
   static_assert(sizeof(Hyper) <= sizeof(group.hyper));
   Hyper hyper = reinterpret_cast<const Hyper&>(group.hyper);
   if (group.lr != nullptr) hyper.common.lr = read_number(group.lr, group.lr_type);
-  return {hyper, step};
+  return hyper;
 }
 
 template <typename T>
@@ -42,17 +42,27 @@ FUSEDOPT_DEVICE GradTransform<T> make_transform(const ApplyParams& params, const
           T(given ? params.control->clip : 1.0)};
 }
 
-// By the block that came last, for all.
+// By the block that came last, for all: counters, and before them what they lead to.
+template <typename Rule>
 FUSEDOPT_DEVICE void advance_counters(const ApplyParams& params) {
+  constexpr int kScalars = rules::kScalarCount<Rule>;
   for (int64_t i = threadIdx.x; i < params.row_count; i += kThreads) {
     const int32_t tensor = params.rows[i];
-    if (params.table.grads[tensor] != nullptr) advance_step(params.table.tensors[tensor]);
+    if (params.table.grads[tensor] == nullptr) continue;
+    const TensorRow& row = params.table.tensors[tensor];
+    if constexpr (kScalars > 0) {
+      auto scalars = load_scalars<kScalars>(row);
+      Rule::advance(read_hyper<Rule>(params.table.groups[row.group]), next_step(row), scalars);
+      store_scalars(row, scalars);
+    }
+    advance_step(row);
   }
 }
 
 template <typename Types>
 __global__ void __launch_bounds__(kThreads, Types::kBlocks)
     apply_kernel(const __grid_constant__ ApplyParams params) {
+  using Rule = typename Types::Rule;
   using T = typename Types::Compute;
   const bool skip =
       params.control != nullptr ? params.control->skip != 0.0 : found_inf(params.inputs);
@@ -80,8 +90,10 @@ __global__ void __launch_bounds__(kThreads, Types::kBlocks)
   if (threadIdx.x == 0 && grad != nullptr) {
     const GroupRow& group = params.table.groups[row.group];
     const GradTransform<T> transform = make_transform<T>(params, group, piece.tensor);
-    new (shared) PieceNumbers<Types>{make_constants<Types>(group, next_step(row)), transform,
-                                     transform.clamps(), transform.scales()};
+    const auto scalars = load_scalars<rules::kScalarCount<Rule>>(row);
+    new (shared) PieceNumbers<Types>{
+        make_constants<Rule, T>(read_hyper<Rule>(group), next_step(row), scalars), transform,
+        transform.clamps(), transform.scales()};
   }
   __syncthreads();
 
@@ -103,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, Types::kBlocks)
     if (last_block) *params.ticket = 0;
   }
   __syncthreads();
-  if (last_block) advance_counters(params);
+  if (last_block) advance_counters<Rule>(params);
 }
 
 }  // namespace fusedopt::cuda

@@ -62,6 +62,9 @@ Plan::Plan(const std::string& rule, c10::Device device, const py::list& slots,
   for (const rules::StateName& name : rule_->states) {
     state_names_.push_back(PyUnicode_InternFromString(name.name));
   }
+  for (const char* name : rule_->scalars) {
+    state_names_.push_back(PyUnicode_InternFromString(name));
+  }
   slots_.resize(slots.size());
   layouts_.resize(slots.size());
   rows_.resize(slots.size());
@@ -89,13 +92,13 @@ void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
   numel_ += row.numel;
   Slot& slot = slots_[index];
   slot.first_watched = watched_.size();
-  watched_.emplace_back(param.ptr(), geometries_);
+  watch(slot, param.ptr());
   slot.gradient_place = &grad_of(index);
   slot.state = PyDict_GetItemWithError(state, param.ptr());
   if (slot.state == nullptr && PyErr_Occurred()) throw py::error_already_set();
   if (slot.state != nullptr && !PyDict_Check(slot.state)) slot.state = nullptr;
   if (slot.state != nullptr) slot.guard.arm(slot.state);
-  const bool has_states = adopt_states(index);
+  const bool has_states = adopt_states(index) && adopt_scalars(index);
   const at::Tensor* const steps = as_tensor(counter.ptr());
   slot.ready = has_states && steps != nullptr;
   if (steps == nullptr) return;
@@ -103,13 +106,20 @@ void Plan::add_slot(size_t index, const py::tuple& given, PyObject* state) {
   row.step_type = dtype_of(*steps).value();
   if (step_of(slot.state) == counter.ptr()) {
     slot.step = counter.ptr();
-    watched_.emplace_back(slot.step, geometries_);
+    watch(slot, slot.step);
   } else {
     hidden_counters_.push_back(*steps);
   }
 }
 
+void Plan::watch(Slot& slot, PyObject* tensor) {
+  watched_.emplace_back(tensor, geometries_);
+  ++slot.watched_count;
+}
+
+// Whether a parameter has the state, or scalar, of this name.
 bool Plan::wants_state(size_t name, size_t index) const {
+  if (name >= rule_->states.size) return true;
   const int bit = rule_->states.data[name].variant_bit;
   return (bit & variant_of(rows_[index])) == bit;
 }
@@ -128,8 +138,26 @@ bool Plan::adopt_states(size_t index) {
     row.state[slot.state_count] = {tensor->mutable_data_ptr(), *dtype_of(*tensor)};
     slot.dense =
         slot.dense && same_strides(*tensor->unsafeGetTensorImpl(), *param.unsafeGetTensorImpl());
-    watched_.emplace_back(value, geometries_);
+    watch(slot, value);
     ++slot.state_count;
+  }
+  return true;
+}
+
+// Points the row at its scalars. False when one is missing or none that kernels advance: whoever
+// hands out the counters has replaced those.
+bool Plan::adopt_scalars(size_t index) {
+  Slot& slot = slots_[index];
+  const size_t count = rule_->scalars.size;
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* const value = entry(slot.state, state_names_[rule_->states.size + i]);
+    const at::Tensor* const tensor = value == nullptr ? nullptr : as_tensor(value);
+    if (tensor == nullptr || tensor->dim() != 0 || tensor->device() != device_ ||
+        (tensor->scalar_type() != at::kFloat && tensor->scalar_type() != at::kDouble)) {
+      return false;
+    }
+    rows_[index].state[kMaxStates - count + i] = {tensor->mutable_data_ptr(), *dtype_of(*tensor)};
+    watch(slot, value);
   }
   return true;
 }
@@ -255,7 +283,7 @@ bool Plan::state_holds(size_t index) {
   Slot& slot = slots_[index];
   if (!PyDict_Check(slot.state)) return false;
   const Watched* next = &watched_[slot.first_watched + 1];
-  const Watched* const end = next + slot.state_count;
+  const Watched* const end = watched_.data() + watched_end(slot) - (slot.step != nullptr);
   PyObject* const step = step_of(slot.state);
   if (slot.step == nullptr ? step != nullptr : step == nullptr || !end->is(step)) return false;
   for (size_t i = 0; i < state_names_.size(); ++i) {

@@ -74,7 +74,9 @@ class Plan {
 
  private:
   struct Slot {
-    size_t first_watched = 0;  // the parameter, then its states, then its counter if that is theirs
+    // The parameter, then its states and scalars, then its counter if that is the state's.
+    size_t first_watched = 0;
+    int32_t watched_count = 0;
     int32_t state_count = 0;
     bool ready = false;  // its state exists
     bool dense = false;  // parameter and states lie densely in the same order
@@ -87,12 +89,12 @@ class Plan {
   };
 
   const Watched& param_of(const Slot& slot) const { return watched_[slot.first_watched]; }
-  size_t watched_end(const Slot& slot) const {
-    return slot.first_watched + 1 + slot.state_count + (slot.step != nullptr ? 1 : 0);
-  }
+  size_t watched_end(const Slot& slot) const { return slot.first_watched + slot.watched_count; }
+  void watch(Slot& slot, PyObject* tensor);
 
   void add_slot(size_t index, const py::tuple& slot, PyObject* state);
   bool adopt_states(size_t index);
+  bool adopt_scalars(size_t index);
   void check_state(size_t index) const;
   bool wants_state(size_t name, size_t index) const;
   bool state_dict_holds(PyObject* state);
@@ -114,7 +116,8 @@ class Plan {
   int64_t numel_ = 0;
   DictGuard state_guard_;
   std::vector<std::pair<PyObject*, PyObject*>> state_entries_;  // of the state, in its order
-  std::vector<PyObject*> state_names_;                          // interned, as the rule names them
+  // Interned, as the rule names them: states, then scalars.
+  std::vector<PyObject*> state_names_;
   Geometries geometries_;
   std::vector<Watched> watched_;
   PointerFilter written_storages_{0};

@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define FUSEDOPT_HD __host__ __device__ __forceinline__
@@ -31,6 +32,38 @@ constexpr int count_states(int variant) {
     count += (state.variant_bit & variant) == state.variant_bit;
   return count;
 }
+
+// A number of a parameter's besides its counter of steps, in float64 or, if narrow, in float32.
+struct Scalar {
+  double value;
+  bool narrow;
+
+  // What is left of a number when it is kept here.
+  FUSEDOPT_HD double kept(double x) const {
+    return narrow ? static_cast<double>(static_cast<float>(x)) : x;
+  }
+};
+
+template <int kCount>
+struct Scalars {
+  Scalar values[kCount];
+
+  FUSEDOPT_HD Scalar& operator[](int i) { return values[i]; }
+  FUSEDOPT_HD const Scalar& operator[](int i) const { return values[i]; }
+};
+template <>
+struct Scalars<0> {};
+
+// The names of a rule's scalars in torch's state dict. A rule that has some lists them as
+// kScalarNames, is given their values before the step as `Constants(hyper, step, scalars)`, and
+// says in `advance(hyper, step, scalars)` what the step makes of them.
+template <typename Rule, typename = void>
+constexpr std::array<const char*, 0> kScalarNamesOf{};
+template <typename Rule>
+constexpr auto kScalarNamesOf<Rule, std::void_t<decltype(Rule::kScalarNames)>> = Rule::kScalarNames;
+
+template <typename Rule>
+constexpr int kScalarCount = static_cast<int>(kScalarNamesOf<Rule>.size());
 
 FUSEDOPT_HD float root(float x) { return sqrtf(x); }
 FUSEDOPT_HD double root(double x) { return sqrt(x); }

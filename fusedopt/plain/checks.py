@@ -156,11 +156,12 @@ class _Checked(NamedTuple):
             )
 
     def check_state(self) -> None:
-        if not isinstance(self.entries.get("step", self.param), Tensor):
-            raise TypeError(
-                f"'step' in the state of {self.name} is {self.entries['step']!r}; expected a 0-dim"
-                " tensor"
-            )
+        for name in self.rule.counted:
+            if not isinstance(self.entries.get(name, self.param), Tensor):
+                raise TypeError(
+                    f"{name!r} in the state of {self.name} is {self.entries[name]!r}; expected a"
+                    " 0-dim tensor"
+                )
         same_type = self.grad.dtype is self.param.dtype
         for name in self.rule.states:
             # What is not there yet will be like the parameter.

@@ -37,24 +37,36 @@ class PlainRule:
         plain: Torch's class, or one in ``fusedopt.plain``.
         states: Names in ``optimizer.state[parameter]``, besides ``step``, that some variant has.
         has_step: Whether the state counts a parameter's steps.
+        scalars: Names of the other numbers in a parameter's state that every step changes.
+        counts_on_host: Whether torch keeps ``step`` and scalars in the CPU's memory, where a group
+            is neither capturable nor fused.
         starts_unset: The state that is no zeros before its first step but not there at all.
         lerped: States that the plain rule mixes with the gradient by `lerp_`, of the same type.
         always_decouples: Whether weight decay is decoupled without being asked for.
         views_as_real: Whether the plain rule looks at complex tensors through ``view_as_real``.
         fuses_subclasses: Whether torch's fused kernel takes tensor subclasses (DTensor), too.
         captures_on_xla: Whether the plain rule can be captured on XLA devices.
+        captured: What has to be on a device that captures, in torch's words.
     """
 
     kernel: str
     plain: Any
     states: tuple[str, ...]
     has_step: bool = True
+    scalars: tuple[str, ...] = ()
+    counts_on_host: bool = True
     starts_unset: str | None = None
     lerped: tuple[str, ...] = ()
     always_decouples: bool = False
     views_as_real: bool = True
     fuses_subclasses: bool = False
     captures_on_xla: bool = True
+    captured: str = "params and state_steps"
+
+    @functools.cached_property
+    def counted(self) -> tuple[str, ...]:
+        """The names of all that kernels advance by a step: 0-dim tensors of their own."""
+        return ("step", *self.scalars)
 
     @functools.cached_property
     def arguments(self) -> Mapping[str, inspect.Parameter]:
@@ -139,7 +151,7 @@ class PlainRule:
             supported = _get_capturable_supported_devices(self.captures_on_xla)
             if any(param.device.type not in supported for param in group["params"]):
                 raise AssertionError(
-                    "If capturable=True, params and state_steps must be on supported devices:"
+                    f"If capturable=True, {self.captured} must be on supported devices:"
                     f" {supported}."
                 )
 

@@ -33,12 +33,18 @@ struct Problem {
       }
     }
     steps.assign(sizes.size(), 3.0f);
+    const size_t scalar_count = all_rules().data[rule].scalars.size;
+    scalars.assign(sizes.size() * scalar_count, 0.5f);
     int64_t at = fenced;
     for (size_t t = 0; t < sizes.size(); ++t) {
       TensorRow row{};
       row.param = {&operands[0][at * width], type};
       row.grad = {&operands[1][at * width], type};
       for (int k = 0; k < kMaxStates; ++k) row.state[k] = {&operands[2 + k][at * width], type};
+      for (size_t k = 0; k < scalar_count; ++k) {
+        row.state[kMaxStates - scalar_count + k] = {&scalars[t * scalar_count + k],
+                                                    DType::kFloat32};
+      }
       row.step = &steps[t];
       row.numel = sizes[t];
       rows.push_back(row);
@@ -87,6 +93,8 @@ struct Problem {
     cpu::apply(job, rule, threads);
     std::vector<uint8_t> all;
     for (const auto& memory : operands) all.insert(all.end(), memory.begin(), memory.end());
+    const auto* numbers = reinterpret_cast<const uint8_t*>(scalars.data());
+    all.insert(all.end(), numbers, numbers + scalars.size() * sizeof(float));
     const auto* control = reinterpret_cast<const uint8_t*>(&job.control);
     all.insert(all.end(), control, control + sizeof(job.control));
     for (const float step : steps) CHECK(step == 4.0f, "counter is %g", step);
@@ -94,7 +102,7 @@ struct Problem {
   }
 
   std::vector<uint8_t> operands[2 + kMaxStates];
-  std::vector<float> steps;
+  std::vector<float> steps, scalars;
   std::vector<TensorRow> rows;
   std::vector<Piece> pieces;
   GroupRow group{};

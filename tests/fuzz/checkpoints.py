@@ -6,12 +6,14 @@ import copy
 import io
 import pickle
 from random import Random
+from typing import Any
 
 import torch
 from cases import copies
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt._checkpoint import keep_scalars
 
 from .world import Side, World
 
@@ -35,7 +37,7 @@ def reload(world: World, rng: Random) -> None:
     for side in world.sides:
         checkpoint = side.optimizer.state_dict()
         if how == "itself":
-            side.optimizer.load_state_dict(checkpoint)
+            _load(world, side.optimizer, checkpoint)
             continue
         kind = "stock" if side is world.stock else "ours"
         params = copies(side.params)
@@ -46,7 +48,7 @@ def reload(world: World, rng: Random) -> None:
             checkpoint = torch.load(file)
         elif how in ("torch", "from_torch"):
             stock = _fresh(world, side, params, "stock")
-            stock.load_state_dict(checkpoint)
+            _load(world, stock, checkpoint)
             if how == "from_torch" and side is not world.stock:
                 side.optimizer = fusedopt.from_torch(
                     stock, backend=side.optimizer.backend, **world.settings
@@ -54,7 +56,7 @@ def reload(world: World, rng: Random) -> None:
                 continue
             checkpoint = stock.state_dict()
         fresh = _fresh(world, side, params, kind)
-        fresh.load_state_dict(checkpoint)
+        _load(world, fresh, checkpoint)
         side.optimizer = fresh
 
 
@@ -81,7 +83,13 @@ def restore(world: World, rng: Random) -> None:
     if world.remembered is None or world.remembered[1] != _shapes(world):
         return
     for side, checkpoint in zip(world.sides, world.remembered[0], strict=True):
-        side.optimizer.load_state_dict(copy.deepcopy(checkpoint))
+        _load(world, side.optimizer, copy.deepcopy(checkpoint))
+
+
+def _load(world: World, optimizer: Any, checkpoint: dict[str, Any]) -> None:
+    optimizer.load_state_dict(checkpoint)
+    # Torch rounds scalars to the parameters' type, and is the reference for one that does not.
+    keep_scalars(world.entry.fused._rule, optimizer, checkpoint)
 
 
 def _shapes(world: World) -> list[list[tuple[int, ...]]]:

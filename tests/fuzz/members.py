@@ -6,7 +6,7 @@ import weakref
 from random import Random
 
 import torch
-from cases import LAYOUTS, lay_out
+from cases import COUNTED, LAYOUTS, lay_out
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -77,7 +77,7 @@ def prune(world: World, rng: Random) -> None:
         entries = side.optimizer.state.pop(old, None)
         if entries is not None:
             side.optimizer.state[new] = {
-                k: v[rows.to(v.device)] if isinstance(v, Tensor) and k != "step" else v
+                k: v[rows.to(v.device)] if isinstance(v, Tensor) and k not in COUNTED else v
                 for k, v in entries.items()
             }
         _replace(side, old, [new])
@@ -132,7 +132,7 @@ def data_dtype(world: World, rng: Random) -> None:
         param.data = param.data.to(dtype)
         entries = side.optimizer.state.get(param, {})
         for name, value in entries.items():
-            if isinstance(value, Tensor) and name != "step":
+            if isinstance(value, Tensor) and name not in COUNTED:
                 entries[name] = value.to(dtype)
 
 

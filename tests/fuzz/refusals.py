@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
+from cases import COUNTED
 from compare import same_bits
 from torch import Tensor
 
@@ -133,7 +134,7 @@ def _spoil_state(side: Side, rng: Random, make: Callable[[Tensor], Any]) -> Undo
     if (found := _pick(side, rng, native=True)) is None:
         return None
     entries = side.optimizer.state.get(found[1], {})
-    names = [k for k, value in entries.items() if isinstance(value, Tensor) and k != "step"]
+    names = [k for k, value in entries.items() if isinstance(value, Tensor) and k not in COUNTED]
     if found[0].get("momentum") == 0:
         names = [name for name in names if name != "momentum_buffer"]  # not looked at
     if not names or (bad := make(entries[names[0]])) is None:

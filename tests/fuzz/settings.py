@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import torch
+from cases import COUNTED
 from torch import Tensor
 
 from .story import LIMITS
@@ -86,7 +87,7 @@ def other_backend(world: World, rng: Random) -> None:
     """Changes the backend of ours and of its twin."""
     value = rng.choice((world.native, world.native, "torch", "auto"))
     if value == "torch" and any(
-        k != "step" and v is not None and v.dtype != param.dtype
+        k not in COUNTED and v is not None and v.dtype != param.dtype
         for param in world.ours.params
         for k, v in world.ours.optimizer.state.get(param, {}).items()
     ):

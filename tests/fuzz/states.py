@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from cases import LAYOUTS, lay_out
+from cases import COUNTED, LAYOUTS, lay_out
 from torch import Tensor
 
 from .story import REALS
@@ -24,7 +24,7 @@ def _entries(world: World, index: int) -> list[dict[str, Any]]:
 
 def _names(entries: list[dict[str, Any]]) -> list[str]:
     """Returns the names of the states that torch has too, without the counter."""
-    return [k for k, value in entries[-1].items() if isinstance(value, Tensor) and k != "step"]
+    return [k for k, value in entries[-1].items() if isinstance(value, Tensor) and k not in COUNTED]
 
 
 def _each_state(world: World, rng: Random) -> list[tuple[dict[str, Any], str]]:

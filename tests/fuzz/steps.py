@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 import torch
-from cases import LAYOUTS, Run, lay_out, random
+from cases import COUNTED, LAYOUTS, Run, lay_out, random
 from separate_passes import any_nonfinite, assert_norm, separate_step, stored_values
 from torch import Tensor
 from torch.nn import Parameter
@@ -41,7 +41,7 @@ def takes_sparse(side: Side, group: dict[str, Any], param: Tensor) -> bool:
     return (
         side.entry.sparse
         and not decays
-        and all(k == "step" or v is None or v.dtype == param.dtype for k, v in states)
+        and all(k in COUNTED or v is None or v.dtype == param.dtype for k, v in states)
         and group.get("momentum", 0) == 0
         and param.dtype in (torch.float32, torch.float64)
         and param.dim() == 2
@@ -195,7 +195,7 @@ def make_truth(world: World, rng: Random | None = None) -> Run:
     truth.state.clear()
     for i, param in enumerate(stock.params):
         truth.state[wide[i]] = {
-            name: value.clone() if name == "step" else shake(exact[f"{name} of param {i}"], rng)
+            name: value.clone() if name in COUNTED else shake(exact[f"{name} of param {i}"], rng)
             for name, value in stock.optimizer.state.get(param, {}).items()
             if value is not None
         }
@@ -281,7 +281,7 @@ def judge(
     others = [run.tensors() for run in shaken]
     assert not stock.keys() - ours.keys(), f"missing: {sorted(stock.keys() - ours.keys())}"
     for name, value in stock.items():
-        if name.startswith("step of"):
+        if name.split()[0] in COUNTED:
             assert ours[name] == value, f"{name} is {ours[name]}, torch's {value}"
             continue
         grad = grads[int(name.rpartition(" ")[2])]
@@ -311,5 +311,5 @@ def go_on_from_ours(world: World) -> None:
             param.copy_(own)
             own_entries = world.ours.optimizer.state.get(own, {})
             for name, value in world.stock.optimizer.state.get(param, {}).items():
-                if value is not None and name != "step":
+                if value is not None and name not in COUNTED:
                     value.copy_(own_entries[name])

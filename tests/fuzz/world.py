@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 import torch
-from cases import Entry, Run, device_of, lay_out, random
+from cases import COUNTED, Entry, Run, device_of, lay_out, random
 from compare import same_bits
 from machine import instruction_set, instruction_sets, threads
 from torch import Tensor
@@ -87,7 +87,7 @@ class Side:
             f"memory around {name}": outside(value)
             for name, value in found.items()
             if not value.is_sparse and value.untyped_storage().nbytes() > value.nbytes
-            if not name.startswith("step of")
+            if name.split()[0] not in COUNTED
         }
         return {**found, **around}
 
@@ -210,7 +210,7 @@ class World:
             assert self._untouched(name, ours[name]), f"{name} is set, but torch has none"
         for name, value in stock.items():
             own = ours[name].detach()
-            if not name.startswith("step of") and own.dtype != value.dtype:
+            if name.split()[0] not in COUNTED and own.dtype != value.dtype:
                 own = own.to(value.dtype)  # put into another type by hand
             assert same_bits(bits(own), bits(value)), f"{name} is not torch's:\n{own}\n{value}"
         for group, theirs in zip(

@@ -39,8 +39,12 @@ class Check {
     memory("a counter", row.step, size_of(row.step_type));
     operand("a parameter", row, 0, row.param);
     operand("a gradient", row, 1, {const_cast<void*>(table.grads[index]), row.grad.type});
-    for (int k = 0; k < kMaxStates; ++k) {
-      if (row.state[k].data != nullptr) operand("a state", row, 2 + k, row.state[k]);
+    int k = 0;
+    for (; k < kMaxStates && row.state[k].data != nullptr; ++k) {
+      operand("a state", row, 2 + k, row.state[k]);
+    }
+    for (; k < kMaxStates; ++k) {
+      memory("a scalar", row.state[k].data, size_of(row.state[k].type), true);
     }
     if (!memory("the groups", table.groups + row.group, sizeof(GroupRow))) return;
     const GroupRow& group = table.groups[row.group];

@@ -14,6 +14,7 @@
 
 #include "core/control.h"
 #include "core/rule_info.h"
+#include "core/scalars.h"
 #include "core/sum_order.h"
 #include "cuda/runtime.h"
 #include "cuda/types.h"
@@ -141,6 +142,8 @@ struct Tensor {
   TensorSpec spec;
   std::vector<Buffer> mine, reference;  // param, grad, states
   float step = 0.0f, reference_step = 0.0f;
+  float scalars[kMaxStates] = {0.5f, 0.5f, 0.5f, 0.5f};  // from the rule's first one on
+  float reference_scalars[kMaxStates] = {0.5f, 0.5f, 0.5f, 0.5f};
 
   Tensor(const TensorSpec& spec_, int states) : spec(spec_) {
     for (int operand = 0; operand < 2 + states; ++operand) {
@@ -193,6 +196,9 @@ class Problem {
       row.param = operand(0);
       row.grad = operand(1);
       for (int k = 0; k < states_; ++k) row.state[k] = operand(2 + k);
+      for (int k = 0; k < kScalars; ++k) {
+        row.state[kMaxStates - kScalars + k] = {&tensor.scalars[k], DType::kFloat32};
+      }
       row.step = &tensor.step;
       row.layout = tensor.spec.layout.empty() ? nullptr : tensor.spec.layout.data();
       row.numel = spec.numel;
@@ -280,6 +286,8 @@ class Problem {
       expect(tensor.step == tensor.reference_step, name + ": step counter " +
                                                        std::to_string(tensor.step) + ", expected " +
                                                        std::to_string(tensor.reference_step));
+      expect(memcmp(tensor.scalars, tensor.reference_scalars, sizeof(tensor.scalars)) == 0,
+             name + ": scalars");
       for (size_t operand = 0; operand < tensor.mine.size(); ++operand) {
         if (tensor.mine[operand].same_bytes(tensor.reference[operand])) continue;
         int64_t at = 0;
@@ -325,7 +333,17 @@ class Problem {
     if (group.lr != nullptr) {
       hyper.common.lr = read(group.lr_type, static_cast<const std::byte*>(group.lr));
     }
-    const typename Rule::template Constants<T> constants(hyper, tensor.reference_step);
+    rules::Scalars<kScalars> scalars{};
+    if constexpr (kScalars > 0) {
+      for (int k = 0; k < kScalars; ++k) scalars[k] = {tensor.reference_scalars[k], true};
+    }
+    const auto constants = make_constants<Rule, T>(hyper, tensor.reference_step, scalars);
+    if constexpr (kScalars > 0) {
+      Rule::advance(hyper, tensor.reference_step, scalars);
+      for (int k = 0; k < kScalars; ++k) {
+        tensor.reference_scalars[k] = static_cast<float>(scalars[k].value);
+      }
+    }
     const GradTransform<T> transform{T(control.unscale), T(group.max_grad_value), T(clip),
                                      T(control.clip)};
     for (int64_t e = 0; e < tensor.spec.numel; ++e) {
@@ -351,6 +369,8 @@ class Problem {
     if (kVariant == variant_) return use(std::integral_constant<int, kVariant>{});
     if constexpr (kVariant + 1 < Rule::kVariants) with_variant<kVariant + 1>(use);
   }
+
+  static constexpr int kScalars = rules::kScalarCount<Rule>;
 
   int variant_;
   int states_;
