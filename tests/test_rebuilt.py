@@ -54,6 +54,8 @@ HOW = [copy.copy, share_attributes, share_instance, reduce_by_hand]
 @pytest.mark.parametrize("keep", [False, True])
 def test_goes_on(entry, backend, how, steps_before, keep):
     """Groups, state and settings are shared; the first one is freed, or steps in turn."""
+    if keep and how in (copy.copy, reduce_by_hand) and device_of(backend) != "cpu":
+        pytest.skip("what a copy is made of has counters on the host, so each counts for itself")
     start = make_params(SHAPES, device=device_of(backend))
     runs = (
         run_stock(entry, start, **richest(entry)),

@@ -127,7 +127,11 @@ class Allocator final : public c10::Allocator {
     return {data, data, &release, c10::Device(c10::kCUDA, device)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* to, const void* from, size_t size) const override { memcpy(to, from, size); }
+  // After all that was enqueued, as a copy on the default stream.
+  void copy_data(void* to, const void* from, size_t size) const override {
+    synchronize();
+    memcpy(to, from, size);
+  }
 };
 
 Allocator allocator;
@@ -203,6 +207,11 @@ std::optional<c10::Device> common_device(const std::vector<at::Tensor>& tensors,
   return device;
 }
 
+// Moves a tensor that is about to be written out of memory that it shares (torch._lazy_clone).
+void claim(const at::Tensor& tensor) {
+  if (tensor.is_cuda() && tensor.has_storage()) tensor.storage().mutable_data();
+}
+
 // Runs `work` on the memory of the device, in the order of its current stream.
 void in_order(c10::Device device, std::function<void()> work) {
   EmulatedStream& stream = stream_of(device.index());
@@ -219,6 +228,7 @@ at::Tensor& copy(at::Tensor& self, const at::Tensor& source, bool) {
   const c10::Device device = self.is_cuda() ? self.device() : source.device();
   // Between devices the other one's work comes first, as torch's events make sure.
   if (self.is_cuda() && source.is_cuda()) drain(stream_of(source.device().index()));
+  claim(self);
   in_order(device, [to = on_host(self), from = on_host(source)] { to.copy_(from); });
   return self;
 }
@@ -295,7 +305,9 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (size_t i = 0; i < count; ++i) {
     // An empty result is resized by the operation, which borrowed memory cannot be.
     const bool unsized = schema.arguments()[i].is_out();
+    const c10::AliasInfo* const alias = schema.arguments()[i].alias_info();
     each_tensor(arguments[i], [&](at::Tensor& tensor) {
+      if (alias != nullptr && alias->isWrite()) claim(tensor);
       tensor = unsized && tensor.numel() == 0 ? at::empty({0}, tensor.options().device(at::kCPU))
                                               : on_host(tensor);
     });
