@@ -18,6 +18,7 @@ from cases import (
     backends,
     device_of,
     make_params,
+    native_backends,
     random,
     richest,
     run_fused,
@@ -371,3 +372,18 @@ def test_group_settings_are_read_every_step(entry, backend):
         run.optimizer.step()
         expected.optimizer.step()
         assert_close(run.tensors(), expected.tensors())
+
+
+@pytest.mark.parametrize("entry", **ENTRIES)
+@pytest.mark.parametrize("backend", native_backends())
+def test_a_state_of_another_shape_is_refused(entry, backend):
+    """Also one that has as many elements in the same place, and came there by itself."""
+    start = make_params([(4, 6)], device=device_of(backend))
+    run = run_fused(entry, start, backend, **richest(entry)).steps(1)
+    name = entry.states[0]
+    state = run.optimizer.state[run.params[0]]
+    state[name].data = state[name].data.view(6, 4)
+    before = run.params[0].detach().clone()
+    with pytest.raises(ValueError, match=rf"state '{name}' of parameter 0 of param group 0"):
+        run.steps(1)
+    assert torch.equal(run.params[0].detach(), before)

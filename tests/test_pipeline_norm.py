@@ -257,3 +257,14 @@ def test_gradients_keep_their_bits(entry, backend):
         assert param.grad is grad
         assert cases.same_bits(grad, copy)
         assert grad._version == version
+
+
+@pytest.mark.parametrize("backend", cases.backends())
+def test_a_limit_set_later_knows_no_norm_yet(backend):
+    """What a step without a limit left is no norm."""
+    run = cases.run_fused(ADAM, cases.make_params(device=cases.device_of(backend)), backend)
+    run.steps(1)
+    run.optimizer.max_grad_norm = math.inf
+    assert run.optimizer.last_grad_norm is None
+    run.steps(1)
+    assert run.optimizer.last_grad_norm > 0

@@ -311,3 +311,17 @@ def test_state_dict_is_small(entry, backend):
         torch.save(run.steps(1).optimizer.state_dict(), file)
         sizes.append(file.tell())
     assert sizes[1] < 1.2 * sizes[0] + 1000
+
+
+@OURS
+def test_what_was_switched_off_stays_off(entry):
+    """Through two resumes by a script whose constructor switches it on."""
+    options = {"max_grad_value": 0.5, "max_grad_norm_per_param": 1.0}
+    optimizer = entry.fused(make_params([(3,)]), **options)
+    for name in options:
+        optimizer.param_groups[0][name] = None
+    for _ in range(2):
+        checkpoint = through_a_file(optimizer.state_dict())
+        optimizer = entry.fused(make_params([(3,)]), **options)
+        optimizer.load_state_dict(checkpoint)
+        assert [optimizer.param_groups[0][name] for name in options] == [None, None]

@@ -50,3 +50,62 @@ def test_an_overridden_init_group_is_called(entry, backend, limit):
         fused.step()
         assert all(param.grad is grad for param, grad in zip(ours, given, strict=True))
     assert_close(Run(ours, fused).tensors(), Run(theirs, stock).tensors())
+
+
+@OURS
+@BACKENDS
+@pytest.mark.parametrize("limit", [None, 1e9])
+def test_own_gradients_and_groups(entry, backend, limit):
+    """It may take gradients from elsewhere, look at a whole group and write to it."""
+
+    def make(base):
+        class Own(base):
+            def _init_group(self, group, params, grads, *others):
+                group["calls"] = group.get("calls", 0) + 1
+                group["lr"] = 0.01 * group["calls"]
+                for param in group["params"]:
+                    param.grad = param.main_grad
+                result = super()._init_group(group, params, grads, *others)
+                size = max(grad.abs().max() for grad in grads)
+                grads[:] = [grad / size for grad in grads]
+                for param in group["params"]:
+                    param.grad = None
+                return result
+
+        return Own
+
+    start = make_params(SHAPES, device=device_of(backend))
+    theirs, ours = copies(start), copies(start)
+    stock = make(entry.stock)(theirs, **entry.serial, **richest(entry))
+    fused = make(entry.fused)(ours, backend=backend, max_grad_value=limit, **richest(entry))
+    for seed in range(3):
+        for params in (theirs, ours):
+            set_grads(params, seed)
+            for param in params:
+                param.main_grad, param.grad = param.grad, None
+        stock.step()
+        fused.step()
+    assert fused.param_groups[0]["calls"] == 3
+    assert fused.param_groups[0]["lr"] == stock.param_groups[0]["lr"]
+    assert_close(Run(ours, fused).tensors(), Run(theirs, stock).tensors())
+
+
+@OURS
+@BACKENDS
+def test_an_init_group_put_in_place_later(entry, backend):
+    """From the next step on it is called."""
+    params = make_params(SHAPES, device=device_of(backend))
+    run = Run(params, entry.fused(params, backend=backend, **richest(entry))).steps(1)
+    calls, own = [], run.optimizer._init_group
+
+    def count(group, *lists):
+        calls.append(len(group["params"]))
+        return own(group, *lists)
+
+    run.optimizer._init_group = count
+    run.steps(1)
+    assert calls == [len(params)]
+    del run.optimizer._init_group
+    run.steps(1)
+    assert len(calls) == 1
+    assert run.optimizer.backend_of(params[0]) == backend

@@ -419,3 +419,16 @@ def test_groups_with_a_limit_alone_go_one_by_one(entry, backend, monkeypatch):
         param.grad = torch.ones_like(param)
     optimizer.step()
     assert [count for count, _, _ in calls] == [3, 1, 1, 1]
+
+
+@OURS
+@BACKENDS
+def test_numbers_in_tensors_of_one_element(entry, backend):
+    """Not only 0-dim ones, whoever updates: the step of a 0-dim parameter is not half a step."""
+    start = make_params([(3,), ()], device=device_of(backend))
+    runs = []
+    for lr in (torch.tensor([0.125]), 0.125):
+        run = run_fused(entry, start, backend, **{**richest(entry), "lr": 0.125})
+        run.optimizer.param_groups[0]["lr"] = lr
+        runs.append(run.steps(2))
+    assert_close(runs[0].tensors(), runs[1].tensors())

@@ -318,3 +318,40 @@ def test_under_another_default_device(backend):
         with torch.device("meta"):
             ours.optimizer.step()
     assert_close(ours.tensors(), stock.tensors())
+
+
+@pytest.mark.parametrize("backend", native_backends())
+def test_gradients_of_function_transforms(backend):
+    """They are wrappers without memory, which an error says; torch's class refuses them, too."""
+    for kind, extras in ((torch.optim.SGD, {}), (SGD.fused, {"backend": backend})):
+        (param,) = make_params([(4,)], device=device_of(backend))
+        before = param.detach().clone()
+        optimizer = kind([param], lr=0.1, **extras)
+        set_grads([param], 1)
+
+        def step(x, param=param, optimizer=optimizer):
+            param.grad = x * param.grad.detach()
+            with torch.no_grad():
+                optimizer.step()
+            return x.sum()
+
+        with pytest.raises(RuntimeError, match="captured Tensor|doesn't have storage"):
+            torch.func.grad(step)(torch.ones(4, device=param.device))
+        assert torch.equal(param.detach(), before)
+
+
+@pytest.mark.parametrize("backend", native_backends())
+def test_forward_mode_differentiation_sees_the_step(backend):
+    """Tangents of gradients reach the parameters, as with torch's class."""
+    tangents = []
+    for kind, extras in ((torch.optim.SGD, {}), (SGD.fused, {"backend": backend})):
+        (param,) = make_params([(2,)], device=device_of(backend))
+        optimizer = kind([param], lr=0.1, **extras)
+        set_grads([param], 1)
+        optimizer.step()
+        with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+            tangent = torch.tensor([1.0, 2.0], device=param.device)
+            param.grad = torch.autograd.forward_ad.make_dual(param.grad.detach(), tangent)
+            optimizer.step()
+            tangents.append(torch.autograd.forward_ad.unpack_dual(param).tangent.clone())
+    assert torch.equal(*tangents)

@@ -271,10 +271,15 @@ bool Plan::slot_holds(size_t index) {
     return false;
   }
   const size_t states_end = slot.first_watched + 1 + slot.state_count;
-  for (size_t k = slot.first_watched; k < states_end; ++k) {
-    if (!watched_[k].unchanged(geometries_)) return false;
+  const size_t end = watched_end(slot);
+  for (size_t k = slot.first_watched; k < end; ++k) {
+    const Watched& watched = watched_[k];
+    if (!(k < states_end ? watched.unchanged(geometries_)
+                         : watched.holds_its_number(geometries_))) {
+      return false;
+    }
   }
-  return slot.step == nullptr || watched_[states_end].holds_its_number(geometries_);
+  return true;
 }
 
 // Whether optimizer.state[parameter], which was written to, still holds the same objects, and still
