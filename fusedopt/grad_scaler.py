@@ -19,6 +19,9 @@ class GradScaler(torch.amp.GradScaler):
     ``state_dict`` interchanges. After ``scaler.unscale_(optimizer)``, and with any other optimizer,
     it behaves as torch's.
 
+    Step pre-hooks and a subclass's own ``step`` see the gradients as they are then, scaled, and run
+    in a step that is skipped as well; ``unscale_`` beforehand gives them what torch's would see.
+
     Args:
         device (str): Device type of the parameters. Default: "cuda".
         init_scale (float): Initial factor of the loss. Default: 65536.
