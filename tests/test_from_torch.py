@@ -113,7 +113,7 @@ def test_what_has_no_twin():
     class Own(torch.optim.SGD):
         """A subclass may have another rule."""
 
-    for optimizer in (torch.optim.NAdam(params), Own(params), TABLE["Adam"].fused(params)):
+    for optimizer in (torch.optim.ASGD(params), Own(params), TABLE["Adam"].fused(params)):
         with pytest.raises(
             TypeError, match=r"expected exactly one of torch\.optim\.Adadelta, "
         ) as caught:

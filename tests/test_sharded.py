@@ -118,10 +118,20 @@ def test_without_a_norm_they_are_updated(entry, kind):
                 param.grad.clamp_(-0.5, 0.5)
         if make is entry.fused:
             optimizer.param_groups[0]["max_grad_value"] = 0.5
-        optimizer.step()
+        step_as_torch(optimizer, make is entry.stock)
         values = (getattr(p, "full_tensor", p.detach)().detach().clone() for p in params)
         finished.append({str(i): value for i, value in enumerate(values)})
     assert_close(*finished)
+
+
+def step_as_torch(optimizer, is_stock) -> None:
+    """Takes a step; what torch's own class cannot do with shards is left out."""
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError) as error:
+        if not is_stock:
+            raise
+        pytest.skip(f"torch's class refuses: {str(error).splitlines()[0][:80]}")
 
 
 @OURS
@@ -136,7 +146,7 @@ def test_dtensors_cost_what_they_cost_torch(entry, options):
         # Where torch has no fused form for DTensors, we do as without it.
         lacks = make is entry.stock and "fused" in options and not entry.rule.fuses_subclasses
         optimizer = make(params, **({} if lacks else options))
-        optimizer.step()
+        step_as_torch(optimizer, make is entry.stock)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             optimizer.step()
         counts.append(sum(e.count for e in profile.key_averages() if e.key.startswith("aten::")))
