@@ -31,7 +31,6 @@ class StepCounters:
     def __init__(self, rule: PlainRule) -> None:
         self._in_state = rule.has_step
         self._names = rule.counted
-        self._on_host = rule.counts_on_host
         self._buffer_name = rule.starts_unset
         # By the id of a buffer that is alive.
         self._of_buffer: dict[int, Tensor] = {}
@@ -77,8 +76,6 @@ class StepCounters:
 
         That is ``step`` and the scalars; those that are there already, or no tensors, are left out.
         """
-        if not self._on_host:
-            return {}
         by_type: dict[torch.dtype, list[tuple[Tensor, str]]] = defaultdict(list)
         for param in params:
             entries = state.get(param, {})

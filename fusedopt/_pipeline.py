@@ -82,7 +82,8 @@ class Pipeline:
             finally:
                 self._stepping = False
 
-    def _step(self, training: Training) -> None:
+    def _notice(self, training: Training) -> None:
+        """Notices what keeps kernels from a step, whatever the parameters are."""
         observed = torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
         if observed:
             _routing.refuse_fake_mode(
@@ -92,6 +93,9 @@ class Pipeline:
         if observed != self._observed or collects_itself != self._collects_itself:
             self._observed, self._collects_itself = observed, collects_itself
             self.reset()
+
+    def _step(self, training: Training) -> None:
+        self._notice(training)
         plan = self._only_plan
         if plan is not None:
             findings = self._step_alone(plan, training)
@@ -153,6 +157,7 @@ class Pipeline:
                     f"param is {describe(param)}, which is not in param_groups; expected one of"
                     " this optimizer's parameters: add_param_group takes more"
                 )
+            self._notice(training)
             try:
                 plain = {member.place for member in self._begin(training)}
             finally:
@@ -188,16 +193,14 @@ class Pipeline:
             self.reset()
         else:
             raise RuntimeError(_CHANGED)
-        if self._collects_itself:
-            return entries
         left = {id(param) for param in refused}
         members = [
             member
             for member in entries
             if id(member.param) in left
+            or self._collects_itself
             or (member.place in self._plain_places and member.param.grad is not None)
         ]
-
         try:
             self._check_plain(members, training)
         except BaseException:
@@ -214,7 +217,8 @@ class Pipeline:
         for index, group in self._subgroups(members, training):
             for name in ("max_grad_norm_per_param", "max_grad_value"):
                 _control.check_limit(name, group.get(name), f"in param group {index}")
-            checks.check(self._rule, training, group, name_of)
+            if not self._collects_itself:
+                checks.check(self._rule, training, group, name_of)
 
     def _end(self) -> None:
         """Lets go of what the plans keep alive during a step."""

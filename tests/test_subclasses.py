@@ -109,3 +109,29 @@ def test_an_init_group_put_in_place_later(entry, backend):
     run.steps(1)
     assert len(calls) == 1
     assert run.optimizer.backend_of(params[0]) == backend
+
+
+@OURS
+@BACKENDS
+def test_an_own_init_group_is_known_before_the_first_step(entry, backend):
+    """Who updates is told rightly, nothing is made for kernels, and limits are checked."""
+
+    class Own(entry.fused):
+        def _init_group(self, group, *lists):
+            return super()._init_group(group, *lists)
+
+    params = make_params(SHAPES, device=device_of(backend))
+    optimizer = Own(params, backend=backend, **richest(entry))
+    made = len(optimizer.state)  # torch's Adagrad makes its own at once
+    set_grads(params, 1)
+    assert optimizer.backend_of(params[0]) == "torch"
+    assert len(optimizer.state) == made
+    before = copies(params)
+    optimizer.param_groups[0]["max_grad_value"] = -1.0
+    with pytest.raises(ValueError, match="max_grad_value is -1.0 in param group 0"):
+        optimizer.step()
+    for param, start in zip(params, before, strict=True):
+        assert torch.equal(param, start)
+    optimizer.param_groups[0].update(max_grad_value=None, decoupled_weight_decay=True)
+    optimizer.step()
+    assert not torch.equal(params[0], before[0])

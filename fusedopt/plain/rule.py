@@ -38,8 +38,6 @@ class PlainRule:
         states: Names in ``optimizer.state[parameter]``, besides ``step``, that some variant has.
         has_step: Whether the state counts a parameter's steps.
         scalars: Names of the other numbers in a parameter's state that every step changes.
-        counts_on_host: Whether torch keeps ``step`` and scalars in the CPU's memory, where a group
-            is neither capturable nor fused.
         starts_unset: The state that is no zeros before its first step but not there at all.
         lerped: States that the plain rule mixes with the gradient by `lerp_`, of the same type.
         always_decouples: Whether weight decay is decoupled without being asked for.
@@ -54,7 +52,6 @@ class PlainRule:
     states: tuple[str, ...]
     has_step: bool = True
     scalars: tuple[str, ...] = ()
-    counts_on_host: bool = True
     starts_unset: str | None = None
     lerped: tuple[str, ...] = ()
     always_decouples: bool = False
@@ -78,6 +75,11 @@ class PlainRule:
         """Whether the algorithm has weight decay at all."""
         return "weight_decay" in self.arguments
 
+    def _decays_beforehand(self, group: dict[str, Any]) -> bool:
+        """Whether a group asks for decoupled decay that the plain class does not know."""
+        known = "decoupled_weight_decay" in self.arguments or self.always_decouples
+        return self.decays and not known and bool(group.get("decoupled_weight_decay"))
+
     def collect(self, group: dict[str, Any], state: Any, defaults: dict[str, Any]) -> None:
         """Creates what state is missing, of the parameters in ``group`` that have a gradient.
 
@@ -98,7 +100,7 @@ class PlainRule:
         group = dict(group)
         if "decoupled_weight_decay" in self.arguments:
             group.setdefault("decoupled_weight_decay", False)
-        elif self.decays and group.get("decoupled_weight_decay") and not self.always_decouples:
+        elif self._decays_beforehand(group):
             _shrink(group)
             group["weight_decay"] = 0
         for name, value in group.items():
@@ -116,9 +118,7 @@ class PlainRule:
             grads: What it is to find as the gradient of a parameter.
         """
         given = {param: param.grad for param in grads}
-        decays = []
-        if "decoupled_weight_decay" not in self.arguments and not self.always_decouples:
-            decays = [g for g in training.param_groups if g.get("decoupled_weight_decay")]
+        decays = list(filter(self._decays_beforehand, training.param_groups))
         rates = [group["weight_decay"] for group in decays]
         runner = _Runner.make(self, training, None)
         try:
